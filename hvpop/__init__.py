@@ -1,0 +1,45 @@
+"""Hessians of PyTorch models as linear operators that SciPy and torch both take."""
+
+from .curvature import HessianOperator
+from .operators import (
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    FromFunction,
+    Identity,
+    Layout,
+    LinearOperator,
+    LowRank,
+)
+from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk
+from .strategies import (
+    FiniteDifference,
+    ForwardOverReverse,
+    HVPStrategy,
+    ReverseOverReverse,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BATCHES",
+    "SAMPLES",
+    "TOTAL",
+    "Average",
+    "BlockDiagonal",
+    "Damped",
+    "Dense",
+    "Diagonal",
+    "EmpiricalRisk",
+    "FiniteDifference",
+    "ForwardOverReverse",
+    "FromFunction",
+    "HVPStrategy",
+    "HessianOperator",
+    "Identity",
+    "Layout",
+    "LinearOperator",
+    "LowRank",
+    "ReverseOverReverse",
+]

@@ -1,0 +1,5 @@
+"""Curvature: a risk and a strategy make an operator."""
+
+from .hessian import HessianOperator
+
+__all__ = ["HessianOperator"]

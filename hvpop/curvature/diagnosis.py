@@ -1,0 +1,50 @@
+"""Why a product is not finite: which batch, and whether the vector, the loss or a derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..risk import Term
+from ..strategies import HVPStrategy, Params
+from .space import products
+
+
+def culprit(
+    terms: Iterable[Term], point: Params, state: Params, strategy: HVPStrategy, columns: Params
+) -> str:
+    """The first thing that is not finite on the way to the product of some columns, in words."""
+    if not all(column.isfinite().all() for column in columns.values()):
+        return "the vector it multiplies is not"
+    for name, parameter in point.items():
+        if not parameter.isfinite().all():
+            return f"parameter {name} is not"
+    for term in terms:
+        found = _in_term(term, point, state, strategy, columns)
+        if found:
+            return f"in {term.label} {found}"
+    return "the sum over the batches overflows"
+
+
+def _in_term(
+    term: Term, point: Params, state: Params, strategy: HVPStrategy, columns: Params
+) -> str | None:
+    leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
+    with torch.inference_mode(False), torch.enable_grad():
+        loss = term.function(leaves, state, *term.data)
+        if not loss.isfinite():
+            return f"the loss is {float(loss)}"
+        gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for name, g in zip(leaves, gradient, strict=True):
+        if g is not None and not g.isfinite().all():
+            return f"the gradient of {name} is not finite"
+    linear = strategy.linearize(term.function, point, state, *term.data)
+    k = next(iter(columns.values())).shape[0]
+    for name, product in zip(point, products(linear, columns, k), strict=True):
+        if not product.isfinite().all():
+            return (
+                f"the second derivative is not finite at {name}, although loss and gradient are: "
+                "it may not exist at this point (a norm or a square root at zero)"
+            )
+    return None

@@ -1,0 +1,134 @@
+"""The Hessian of an empirical risk as a linear operator."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from math import isfinite
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..operators import LinearOperator
+from ..operators.base import Memory
+from ..risk import SAMPLES, Average, EmpiricalRisk
+from ..risk.empirical import Mode
+from ..risk.losses import Loss
+from ..risk.modules import Selection
+from ..strategies import FirstThatWorks, HVPStrategy, Params
+from ..strategies.base import grad_enabled
+from .diagnosis import culprit
+from .linearized import LinearizedHessian
+from .space import WeightedSum, from_point, layout_of, products, space_of, to_point
+
+
+class HessianOperator(LinearOperator):
+    """The Hessian of a model's average loss over data, with respect to its parameters.
+
+    Follows the live model: each product is of the Hessian at the parameters of that moment, made in
+    one pass over the data with the memory of one batch. For many products at one point take
+    `linearize` first. Entry ``i`` belongs to the i-th entry of
+    ``torch.nn.utils.parameters_to_vector`` of the trainable parameters; `layout` names them.
+
+    Parameters
+    ----------
+    model, loss, data, mode, average, params, seed
+        As in `EmpiricalRisk`.
+    strategy : HVPStrategy, optional
+        How to differentiate twice. By default reverse-over-reverse, and where an op of the model
+        does not allow that, finite differences with a warning. An explicit strategy never falls
+        back: it raises.
+
+    Raises
+    ------
+    ValueError
+        For a model without trainable parameters, a loss that is not a scalar or that sums its
+        samples under ``average=SAMPLES``, data without batches.
+    FloatingPointError
+        If a product is not finite; says at which batch, and whether in the vector, loss or gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import HessianOperator
+    >>> model = torch.nn.Linear(2, 1, bias=False).double()
+    >>> X = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+    >>> data = [(X, torch.zeros(2, 1, dtype=torch.float64))]
+    >>> H = HessianOperator(model, torch.nn.MSELoss(), data)
+    >>> H
+    <2x2 HessianOperator float64 cpu>
+    >>> H.to_dense()  # 2 X'X / n
+    tensor([[2., 2.],
+            [2., 4.]], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        *,
+        strategy: HVPStrategy | None = None,
+        mode: Mode = "batch",
+        average: Average = SAMPLES,
+        params: Selection = None,
+        seed: int = 0,
+    ) -> None:
+        risk = EmpiricalRisk(
+            model, loss, data, average=average, mode=mode, params=params, seed=seed
+        )
+        self._build(risk, strategy)
+
+    @classmethod
+    def from_risk(
+        cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None
+    ) -> HessianOperator:
+        """The Hessian of a risk that was made before."""
+        operator = cls.__new__(cls)
+        operator._build(risk, strategy)
+        return operator
+
+    def _build(self, risk: EmpiricalRisk, strategy: HVPStrategy | None) -> None:
+        if strategy is not None and not isinstance(strategy, HVPStrategy):
+            raise TypeError(
+                f"strategy must be an HVPStrategy object, got {strategy!r}; "
+                "for example strategy=ForwardOverReverse()"
+            )
+        point = risk.parameters()
+        self.layout = layout_of(point)
+        dtype, device = space_of(point)
+        n = self.layout.size
+        LinearOperator.__init__(self, (n, n), dtype=dtype, device=device, symmetric=True)
+        self.risk = risk
+        self.strategy = FirstThatWorks() if strategy is None else strategy
+
+    def _apply(self, V: Tensor) -> Tensor:
+        point, state = self._live()
+        columns = to_point(V, self.layout, point)
+        total = WeightedSum(self.risk.average.normalized)
+        with grad_enabled(), self.risk.policies, closing(self.risk.terms()) as terms:
+            for term in terms:
+                linear = self.strategy.linearize(term.function, point, state, *term.data)
+                total.add(products(linear, columns, V.shape[1]), term.weight)
+        Y = from_point(total.result(), V)
+        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
+            found = culprit(self.risk.terms(), point, state, self.strategy, columns)
+            raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
+        return Y
+
+    def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
+        if id(self) not in done:
+            point, state = self._live()
+            done[id(self)] = LinearizedHessian(self.risk, self.strategy, point, state, memory)
+        return done[id(self)]
+
+    def _live(self) -> tuple[Params, Params]:
+        """The parameters and all else the loss depends on, as they are now."""
+        point = self.risk.parameters()
+        now = layout_of(point)
+        if now != self.layout:
+            raise RuntimeError(
+                f"{self!r}: the model's trainable parameters changed since the operator was built "
+                f"(then {len(self.layout.names)} with {self.layout.size} entries, now "
+                f"{len(now.names)} with {now.size}); build a new operator"
+            )
+        return point, self.risk.state()

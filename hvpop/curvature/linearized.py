@@ -1,0 +1,175 @@
+"""A Hessian frozen at one point and made ready for many products."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from ..operators.base import Memory
+from ..risk import EmpiricalRisk
+from ..strategies import HVPStrategy, Params, ReverseOverReverse
+from ..strategies.base import grad_enabled
+from .diagnosis import culprit
+from .memory import budget_in_bytes
+from .preparation import Preparation
+from .space import WeightedSum, from_point, layout_of, products, space_of, to_point
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a linearized operator keeps, and what it has cost so far."""
+
+    strategy: str
+    batches: int
+    kept: int  # batches whose maps are kept
+    parts: int  # functions that the batches are run as
+    bytes: int
+    budget: int
+    passes: int  # over the data as the user gave it
+    products: int
+    seconds: float
+
+    def __str__(self) -> str:
+        joined = f" run as {self.parts}" if self.parts < self.batches else ""
+        return (
+            f"{self.strategy}: {self.batches} batches{joined}, maps of {self.kept} kept in "
+            f"{self.bytes / 2**20:.1f} of {self.budget / 2**20:.0f} MiB; {self.products} products, "
+            f"{self.passes} passes over the data, {self.seconds:.2f} s"
+        )
+
+
+class LinearizedHessian(LinearOperator):
+    """The Hessian as it was when `HessianOperator.linearize` was called.
+
+    Made by that method. Parameters, buffers and train or eval mode are those of that moment. The
+    first product reads the data once and prepares: batches are held, small ones are run as one,
+    and what does not depend on the vector is computed once and kept, as far as the budget allows;
+    what does not fit is computed again for each product.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import HessianOperator
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> data = [(torch.eye(2), torch.zeros(2, 1))]
+    >>> A = HessianOperator(model, torch.nn.MSELoss(), data).linearize(memory="1MiB")
+    >>> A @ torch.tensor([1.0, 2.0])
+    tensor([1., 2.])
+    >>> A.is_current()
+    True
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> A.is_current()
+    False
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        strategy: HVPStrategy,
+        point: Params,
+        state: Params,
+        memory: Memory,
+    ) -> None:
+        dtype, device = space_of(point)
+        self.layout = layout_of(point)
+        n = self.layout.size
+        super().__init__((n, n), dtype=dtype, device=device, symmetric=True)
+        self._budget = budget_in_bytes(memory, self.device)
+        self._live_risk = risk
+        self._fingerprint = risk.fingerprint()
+        self.risk = risk.frozen()
+        self.strategy = strategy
+        with torch.inference_mode(False):
+            self._point = {name: p.detach().clone() for name, p in point.items()}
+            self._state = {name: t.detach().clone() for name, t in state.items()}
+        self._preparation: Preparation | None = None
+        self._passes = self._products = 0
+        self._seconds = 0.0
+
+    def is_current(self) -> bool:
+        return self._live_risk.fingerprint() == self._fingerprint
+
+    def report(self) -> Report:
+        """What is kept, and what the products have cost. Prepares if no product was made yet."""
+        prepared = self._prepared()
+        return Report(
+            strategy=repr(self.strategy),
+            batches=len(prepared.terms),
+            kept=sum(part.batches for part in prepared.parts if part.map is not None),
+            parts=len(prepared.parts),
+            bytes=prepared.kept_bytes,
+            budget=self._budget,
+            passes=self._passes,
+            products=self._products,
+            seconds=self._seconds,
+        )
+
+    def _apply(self, V: Tensor) -> Tensor:
+        start = time.perf_counter()
+        columns = to_point(V, self.layout, self._point)
+        unproven = self._preparation is None
+        with grad_enabled(), self.risk.policies:
+            prepared = self._prepared()
+            Y = self._product(prepared, columns, V)
+            if unproven:
+                Y = self._proven(prepared, columns, V, Y)
+        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
+            found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
+            raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
+        self._passes += not prepared.complete
+        self._products += V.shape[1]
+        self._seconds += time.perf_counter() - start
+        return Y
+
+    def _prepared(self) -> Preparation:
+        if self._preparation is None:
+            with grad_enabled(), self.risk.policies:
+                self._preparation = Preparation(
+                    self.risk, self.strategy, self._point, self._state, self._budget
+                )
+            self._passes += 1
+        return self._preparation
+
+    def _product(self, prepared: Preparation, columns: Params, V: Tensor) -> Tensor:
+        total = WeightedSum(self.risk.average.normalized)
+        for part in prepared.parts:
+            linear = part.map or prepared.linearized(part.term)
+            total.add(products(linear, columns, V.shape[1]), part.term.weight)
+        for term in prepared.rest():
+            linear = prepared.linearized(term)
+            total.add(products(linear, columns, V.shape[1]), term.weight)
+        return from_point(total.result(), V)
+
+    def _proven(self, prepared: Preparation, columns: Params, V: Tensor, Y: Tensor) -> Tensor:
+        """The product, after batches run as one have been held against batches run one by one."""
+        if not prepared.joined:
+            return Y
+        first = {name: column[:1] for name, column in columns.items()}
+        total = WeightedSum(self.risk.average.normalized)
+        plain = ReverseOverReverse()
+        for term in prepared.terms:
+            linear = plain.linearize(term.function, self._point, self._state, *term.data)
+            product = products(linear, first, 1)
+            total.add(product, term.weight)
+        truth = from_point(total.result(), V[:, :1])
+        while prepared.joined and not _agree(Y[:, :1], truth):
+            prepared.separate()
+            Y = self._product(prepared, columns, V)
+            if not prepared.joined:
+                warnings.warn(
+                    f"{self!r}: batches are run one by one, because run as one they gave another "
+                    "product: the loss couples samples, or they do not run along dimension 0",
+                    stacklevel=2,
+                )
+        return Y
+
+
+def _agree(y: Tensor, truth: Tensor) -> bool:
+    """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
+    return bool((y - truth).norm() <= 1000 * torch.finfo(y.dtype).eps * truth.norm())

@@ -1,0 +1,79 @@
+"""Memory budgets: how much there is, how much is asked for, how much a graph keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..operators.base import Memory
+
+T = TypeVar("T")
+
+FREE_FRACTION = 0.25
+"""The default budget: this much of the memory that is free. Leaves room for what solvers keep
+(a Krylov basis) and for the transient tensors of a product."""
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def budget_in_bytes(memory: Memory, device: torch.device) -> int:
+    """The budget in bytes, from a number, text such as ``"2GiB"``, or None for the default."""
+    if memory is None:
+        return int(FREE_FRACTION * free_memory(device))
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", memory)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError(f"memory must be bytes or text such as '2GiB', got {memory!r}")
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    if memory < 0:
+        raise ValueError(f"memory must not be negative, got {memory}")
+    return int(memory)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError), open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 4 * 2**30  # an operating system that does not say
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """The memory behind some tensors, shared storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def graph_bytes(build: Callable[[], T], known: Iterable[Tensor]) -> tuple[T, int]:
+    """What ``build()`` returns, and the memory its autograd graph keeps beyond ``known`` tensors."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = build()
+    for tensor in known:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    return result, sum(saved.values())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on any device."""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )

@@ -1,0 +1,83 @@
+"""From flat columns to dicts of parameters and back, and weighted sums of products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..operators import Layout
+from ..operators.crossing import working_dtype
+from ..strategies import LinearMap, Params
+
+
+class WeightedSum:
+    """``sum_b w_b x_b`` and ``sum_b w_b``, accumulated together and divided at the end."""
+
+    def __init__(self, normalized: bool) -> None:
+        self._normalized = normalized
+        self._sum: list[Tensor] = []
+        self._weight = 0.0
+
+    def add(self, tensors: Iterable[Tensor], weight: float) -> None:
+        """Add one term; tensors may be half precision, sums are not."""
+        wide = [t.to(working_dtype(t.dtype)) for t in tensors]
+        if self._sum:
+            torch._foreach_add_(self._sum, wide, alpha=weight)
+        else:
+            self._sum = list(torch._foreach_mul(wide, weight))
+        self._weight += weight
+
+    def result(self) -> list[Tensor]:
+        """The average, or the sum if it is not normalized."""
+        if not self._normalized:
+            return self._sum
+        if self._weight == 0.0:
+            raise ValueError("all batches have weight 0, so their average is not defined")
+        torch._foreach_mul_(self._sum, 1.0 / self._weight)
+        return self._sum
+
+
+def layout_of(point: Params) -> Layout:
+    """Names and shapes of the parameters, in order."""
+    return Layout(tuple(point), tuple(p.shape for p in point.values()))
+
+
+def space_of(point: Params) -> tuple[torch.dtype, torch.device]:
+    """The one dtype and device of the flat vectors over parameters that may differ in both."""
+    dtype = next(iter(point.values())).dtype
+    for name, parameter in point.items():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(f"parameter {name} has no shape yet; run the model on one batch first")
+        if parameter.is_complex():
+            raise TypeError(
+                f"parameter {name} is complex ({parameter.dtype}); hvpop works with real parameters: "
+                "hold its torch.view_as_real(...) and combine the parts in the forward pass"
+            )
+        if type(parameter.data) is not Tensor:
+            raise TypeError(
+                f"parameter {name} is a {type(parameter.data).__name__}; sharded and other tensor "
+                "subclasses are not supported: gather them into plain tensors first"
+            )
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype, next(iter(point.values())).device
+
+
+def to_point(V: Tensor, layout: Layout, point: Params) -> Params:
+    """Columns ``(n, k)`` as tensors ``(k, *shape)`` in each parameter's dtype and device."""
+    pieces = layout.unflatten(V.T.contiguous())
+    return {name: piece.to(point[name]) for name, piece in pieces.items()}
+
+
+def from_point(products: list[Tensor], V: Tensor) -> Tensor:
+    """The inverse of `to_point`, in the dtype and device of ``V``."""
+    k = V.shape[1]
+    return torch.cat([p.reshape(k, -1).to(V) for p in products], dim=1).T
+
+
+def products(linear: LinearMap, columns: Params, k: int) -> list[Tensor]:
+    """``H V`` parameter by parameter; one column goes the strategies' shorter way."""
+    if k == 1:
+        return [t.unsqueeze(0) for t in linear({n: c[0] for n, c in columns.items()}).values()]
+    return list(linear.columns(columns).values())

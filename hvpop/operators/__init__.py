@@ -1,0 +1,19 @@
+"""Operators: real matrices known only by their products, and the algebra of such matrices."""
+
+from .base import LinearOperator
+from .basic import Dense, Diagonal, FromFunction, Identity, LowRank
+from .blocks import BlockDiagonal
+from .damped import Damped
+from .layout import Layout
+
+__all__ = [
+    "BlockDiagonal",
+    "Damped",
+    "Dense",
+    "Diagonal",
+    "FromFunction",
+    "Identity",
+    "Layout",
+    "LinearOperator",
+    "LowRank",
+]

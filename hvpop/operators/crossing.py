@@ -1,0 +1,141 @@
+"""Where NumPy meets torch, and only here: operands are checked, results go back in kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import LinearOperator
+
+NDArrayAny = NDArray[Any]
+
+_NUMPY_OF = {torch.float64: np.float64, torch.float32: np.float32}
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that products are computed and accumulated in: float32 for half precision."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The NumPy dtype that SciPy reads for an operator of this torch dtype."""
+    try:
+        return np.dtype(_NUMPY_OF[working_dtype(dtype)])
+    except KeyError:
+        raise TypeError(
+            "an operator is real floating point (float64, float32, bfloat16, float16), got "
+            f"{dtype}; view complex parameters as real ones first (torch.view_as_real)"
+        ) from None
+
+
+def entries(who: str, values: Any) -> Tensor:
+    """What a user gave as matrix, diagonal or damping, as a real floating point tensor.
+
+    Memory is shared where torch can share it; integers become float64.
+    """
+    if not isinstance(values, Tensor):
+        array = _numbers(who, values, kinds="biuf")
+        kept = array.dtype.type in (np.float32, np.float16)
+        return _from_numpy(array, array.dtype.type if kept else np.float64)
+    if values.is_complex():
+        raise TypeError(f"{who} expects real numbers, got a tensor of dtype {values.dtype}")
+    tensor = values.detach()
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def multiply(
+    A: LinearOperator,
+    hook: Callable[[Tensor], Tensor],
+    x: Any,
+    shape: tuple[int, int],
+    *,
+    columns: bool,
+) -> Any:
+    """``hook`` applied to an operand: the checked public face over a trusted hook.
+
+    ``shape`` is that of the matrix behind the hook; ``columns`` says whether ``x`` must be a block
+    ``(n, k)`` or may be a vector ``(n,)`` or ``(n, 1)``. A tensor gives a tensor, anything else an
+    ndarray.
+    """
+    m, n = shape
+    if isinstance(x, Tensor):
+        _check_shape(A, tuple(x.shape), n, columns)
+        _check_kind(A, x)
+        return _product(A, hook, m, x.detach()).to(x.dtype).reshape(m, *x.shape[1:])
+    array = _numbers(repr(A), x, kinds="biufc")
+    _check_shape(A, array.shape, n, columns)
+
+    def product(part: NDArrayAny) -> NDArrayAny:
+        Y = _product(A, hook, m, _from_numpy(part, A.dtype))
+        return Y.cpu().numpy().reshape(m, *array.shape[1:])
+
+    if array.dtype.kind == "c":  # A is real and linear: its parts are two real columns
+        return product(array.real) + 1j * product(array.imag)
+    return product(array)
+
+
+def _product(A: LinearOperator, hook: Callable[[Tensor], Tensor], m: int, x: Tensor) -> Tensor:
+    """``hook`` of the columns of ``x``: no graph attached, in memory that is not that of ``x``."""
+    working = working_dtype(A.torch_dtype)
+    V = x if x.ndim == 2 else x.unsqueeze(1)
+    if V.shape[1] == 0:  # spares every hook a case that only the crossing meets
+        return torch.zeros(m, 0, dtype=working, device=A.device)
+    with _full_precision(A.device):
+        Y = hook(V.to(A.device, working))
+    if tuple(Y.shape) != (m, V.shape[1]):
+        expected, got = (m, V.shape[1]), tuple(Y.shape)
+        raise ValueError(f"{A!r}: its product must have shape {expected}, got {got}")
+    Y = Y.detach().to(working)
+    if Y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return Y.clone(memory_format=torch.contiguous_format)
+    return Y.contiguous()
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off: it would silently round the products to half precision."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _numbers(who: str, values: Any, kinds: str) -> NDArrayAny:
+    if hasattr(values, "toarray"):
+        got = type(values).__name__
+        raise TypeError(f"{who} expects a dense array, got {got}; use its .toarray()")
+    array = np.asarray(values)
+    if array.dtype.kind not in kinds:
+        raise TypeError(f"{who} expects real numbers, got {values!r:.80} (dtype {array.dtype})")
+    return array
+
+
+def _from_numpy(array: NDArrayAny, dtype: Any) -> Tensor:
+    """The array as a tensor, copied only where torch cannot look at its memory."""
+    array = np.asarray(array, dtype=dtype, order="C")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _check_kind(A: LinearOperator, x: Tensor) -> None:
+    if x.dtype is not A.torch_dtype and x.dtype is not working_dtype(A.torch_dtype):
+        raise TypeError(
+            f"{A!r} expects dtype {A.torch_dtype}, got {x.dtype}; use x.to(A.torch_dtype)"
+        )
+    if x.device != A.device:
+        raise ValueError(f"{A!r} expects device {A.device}, got {x.device}; use x.to(A.device)")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{A!r} expects a dense tensor, got {x.layout}; use x.to_dense()")
+
+
+def _check_shape(A: LinearOperator, shape: tuple[int, ...], n: int, columns: bool) -> None:
+    if columns:
+        if len(shape) != 2 or shape[0] != n:
+            raise ValueError(f"{A!r} expects shape ({n}, k), got {shape}")
+    elif shape not in ((n,), (n, 1)):
+        raise ValueError(f"{A!r} expects shape ({n},), got {shape}")

@@ -1,0 +1,17 @@
+"""Risk: model, loss and data as weighted scalar functions of a dict of parameters."""
+
+from .averaging import BATCHES, SAMPLES, TOTAL, Average
+from .empirical import EmpiricalRisk, Term
+from .losses import autoencoder, hugging_face, supervised
+
+__all__ = [
+    "BATCHES",
+    "SAMPLES",
+    "TOTAL",
+    "Average",
+    "EmpiricalRisk",
+    "Term",
+    "autoencoder",
+    "hugging_face",
+    "supervised",
+]

@@ -1,0 +1,205 @@
+"""Reading batches: the same ones at every pass, without touching the user's random numbers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+
+class Batches:
+    """A data set in batches, readable any number of times.
+
+    - In-memory sequences are taken as they are.
+    - A loader is read under a private seed, the same at every pass, so that shuffling and random
+      augmentation repeat; a checksum of each pass must equal the first one's.
+    - An iterator can be read once: it is read at the first pass and kept.
+    """
+
+    def __init__(self, data: Any, seed: int) -> None:
+        _check_is_batches(data)
+        self._data = data
+        self._seed = seed
+        self._one_shot = isinstance(data, Iterator)
+        self._checksum: tuple[float, ...] | None = None
+        self._warned = False
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the user holds all batches."""
+        return isinstance(self._data, list | tuple)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._one_shot:
+            self._data, self._one_shot = list(self._data), False
+        if self.in_memory:
+            passed = iter(self._data)
+        else:
+            self._warn_about_dropped_samples()
+            passed = self._read()
+        count = 0
+        for batch in passed:
+            count += 1
+            yield batch
+        if count == 0:
+            raise ValueError(
+                f"the data ({type(self._data).__name__}) yielded no batch; an iterator that was "
+                "used before is empty: pass a list of batches or a DataLoader"
+            )
+
+    def _read(self) -> Iterator[Any]:
+        checksum = []
+        with private_rng(self._seed), _rewound_generators(self._data):
+            for batch in self._data:
+                checksum.append(
+                    sum(float(t.sum()) for t in tensors_in(batch) if not t.is_complex())
+                )
+                yield batch
+        if self._checksum is None:
+            self._checksum = tuple(checksum)
+        elif not np.array_equal(self._checksum, checksum, equal_nan=True):
+            raise RuntimeError(
+                f"the data ({type(self._data).__name__}) gave other batches than at the first pass, "
+                "so there is no one Hessian: pass list(data), or seed what draws them at random"
+            )
+
+    def _warn_about_dropped_samples(self) -> None:
+        loader = self._data
+        if self._warned or not getattr(loader, "drop_last", False):
+            return
+        self._warned = True
+        dataset: Any = getattr(loader, "dataset", None)
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            dropped = "the incomplete last batch"
+        else:
+            n = len(dataset) % (loader.batch_size or 1)
+            if n == 0:
+                return
+            dropped = f"{n} of {len(dataset)} samples"
+        warnings.warn(
+            f"the loader has drop_last=True: {dropped} will be missing from the Hessian; "
+            "build it with drop_last=False (uneven batches are weighted right)",
+            stacklevel=2,
+        )
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The same structure with ``function`` applied to each tensor in it.
+
+    Goes through tuples, named tuples, lists, mappings and dataclasses; other objects with a
+    ``.to(device)`` (packed sequences, graphs) are left to their owner.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, tuple):
+        mapped = [map_tensors(function, item) for item in batch]
+        return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
+    if isinstance(batch, list):
+        return [map_tensors(function, item) for item in batch]
+    if isinstance(batch, dict):
+        return type(batch)((key, map_tensors(function, item)) for key, item in batch.items())
+    if isinstance(batch, Mapping):  # BatchEncoding and its like: keep the type, replace the items
+        mapped_batch: Any = copy.copy(batch)
+        for key, item in batch.items():
+            mapped_batch[key] = map_tensors(function, item)
+        return mapped_batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(
+            batch, **{k: map_tensors(function, v) for k, v in fields.items()}
+        )
+    return batch
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Every tensor of a nested batch, in order."""
+    found: list[Tensor] = []
+    if isinstance(batch, Tensor):
+        found.append(batch)
+    elif isinstance(batch, tuple | list):
+        for item in batch:
+            found += tensors_in(item)
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
+            found += tensors_in(item)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            found += tensors_in(getattr(batch, field.name))
+    return found
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device`` and usable by autograd; nothing is copied needlessly."""
+    if isinstance(batch, Tensor):
+        return _ready(batch, device)
+    if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
+        return batch.to(device=device)  # type: ignore[call-overload]  # torch's stub lacks it
+    found = tensors_in(batch)
+    if not found and hasattr(batch, "to"):
+        return batch.to(device)
+    if all(t.device == device and not t.is_inference() for t in found):
+        return batch
+    return map_tensors(lambda t: _ready(t, device), batch)
+
+
+def _ready(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+    if moved.is_inference():  # autograd refuses to save tensors made under inference_mode
+        with torch.inference_mode(False):
+            moved = moved.clone()
+    return moved
+
+
+@contextmanager
+def private_rng(seed: int) -> Iterator[None]:
+    """torch's, NumPy's and Python's global random numbers start from ``seed``, and are put back."""
+    states = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def _rewound_generators(loader: Any) -> Iterator[None]:
+    """Generators that a DataLoader and its samplers hold start each pass alike, and are put back."""
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    held = (getattr(owner, "generator", None) for owner in owners)
+    generators = {id(g): g for g in held if isinstance(g, torch.Generator)}.values()
+    states = [g.get_state() for g in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _check_is_batches(data: Any) -> None:
+    if isinstance(data, Dataset) and not isinstance(data, DataLoader):
+        raise TypeError(
+            f"data is a {type(data).__name__}, which yields single samples; wrap it: DataLoader(data, 64)"
+        )
+    if isinstance(data, Tensor | Mapping | str) or not hasattr(data, "__iter__"):
+        raise TypeError(
+            "data must be an iterable of batches (a DataLoader, a list of (inputs, targets)), "
+            f"got {type(data).__name__}; for a single batch pass [batch]"
+        )
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        raise TypeError("data is a pair of tensors, so one batch; pass a list of batches: [(x, y)]")

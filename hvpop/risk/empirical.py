@@ -1,0 +1,231 @@
+"""Empirical risk: a model, a loss and data as weighted scalar functions of a dict of parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .averaging import SAMPLES, Average
+from .batches import Batches, to_device
+from .fingerprint import Fingerprint
+from .losses import BatchLoss, Loss, device_of, samples_in, scalar, supervised
+from .modules import Inventory, Selection, unwrapped
+from .policies import Seeded, TwiceDifferentiable, seed_tensor
+from .rewrites import Rewrites
+
+Mode = Literal["batch", "full"]
+
+_COUPLING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One of the functions that a risk is made of, at work on its data: ``function(params, state, *data)``."""
+
+    function: Any  # (params, state, *data) -> 0-dim tensor
+    data: tuple[Any, ...]
+    weight: float
+    label: str  # "batch 3", for messages
+
+
+class EmpiricalRisk:
+    """The average loss of a model over data, batch by batch, as a function of its parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Wrappers (compiled, data parallel, SWA) are looked through. Never changed.
+    loss : callable
+        ``loss(outputs, targets)`` -> scalar. Parameters of a loss that is a module count too,
+        under names that begin with ``loss.``.
+    data : iterable of batches
+        Read anew for each pass; see `Average` for how batches are weighted.
+    average : Average
+        `SAMPLES`, `BATCHES`, `TOTAL` or one of your own.
+    mode : "batch" or "full"
+        Whether each batch is a function of its own or all of the data is one: the same matrix, but
+        ``"full"`` needs the memory of all batches at once.
+    params : selection
+        Which parameters: names, globs, modules, a predicate ``(name, parameter) -> bool``, a mapping
+        with names as keys; those that do not require a gradient are left out. All by default.
+    seed : int
+        Fixes everything random: dropout masks, shuffling, augmentation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop.risk import EmpiricalRisk
+    >>> data = [(torch.ones(2, 3), torch.zeros(2, 1)), (torch.ones(1, 3), torch.zeros(1, 1))]
+    >>> risk = EmpiricalRisk(torch.nn.Linear(3, 1), torch.nn.MSELoss(), data)
+    >>> [term.weight for term in risk.terms()]
+    [2.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        *,
+        average: Average = SAMPLES,
+        mode: Mode = "batch",
+        params: Selection = None,
+        seed: int = 0,
+    ) -> None:
+        self._build(model, supervised(loss), data, average, mode, params, seed)
+        if isinstance(loss, nn.Module):
+            self._roots["loss"] = loss
+
+    @classmethod
+    def from_batch_loss(
+        cls,
+        model: nn.Module,
+        batch_loss: BatchLoss,
+        data: Any,
+        *,
+        average: Average = SAMPLES,
+        mode: Mode = "batch",
+        params: Selection = None,
+        seed: int = 0,
+    ) -> EmpiricalRisk:
+        """The risk of ``batch_loss(model, batch)``, for losses inside the model or batches of any kind.
+
+        A ``batch_loss`` with a method ``weight(model, batch)`` says how much a batch counts;
+        otherwise its number of samples is taken.
+        """
+        risk = cls.__new__(cls)
+        risk._build(model, batch_loss, data, average, mode, params, seed)
+        return risk
+
+    def _build(
+        self,
+        model: nn.Module,
+        batch_loss: BatchLoss,
+        data: Any,
+        average: Average,
+        mode: Mode,
+        params: Selection,
+        seed: int,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(batch_loss):
+            raise TypeError(f"batch_loss must be callable, got {type(batch_loss).__name__}")
+        if mode not in ("batch", "full"):
+            raise ValueError(f"mode must be 'batch' or 'full', got {mode!r}")
+        if not isinstance(average, Average):
+            raise TypeError(
+                f"average must be SAMPLES, BATCHES, TOTAL or Average(...), got {average!r}"
+            )
+        self.model = unwrapped(model)
+        self.batch_loss = batch_loss
+        self.average = average
+        self.mode = mode
+        self.seed = seed
+        self._selection = params
+        self._data = Batches(data, seed)
+        self._roots = {"": self.model}
+        self._moved = 0
+        self._rewrites = Rewrites()
+        self.policies = TwiceDifferentiable()
+        self._inventory = Inventory(self._roots)
+
+    # -- the point --------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The live parameters that count, by name, in the model's order; tied ones once."""
+        self._inventory = Inventory(self._roots)
+        return self._inventory.trainable(self._selection)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that a loss depends on beside `parameters`: buffers, frozen parameters."""
+        chosen = self._inventory.trainable(self._selection)
+        held = self._inventory.parameters | self._inventory.buffers
+        return {name: tensor.detach() for name, tensor in held.items() if name not in chosen}
+
+    # -- the functions ----------------------------------------------------------------------------
+
+    def terms(self) -> Generator[Term, None, None]:
+        """One pass over the data: each batch's function and weight, or in full mode the only one."""
+        batches = self._batches()
+        if self.mode == "batch":
+            yield from batches
+            return
+        parts = list(batches)
+        weights = tuple(part.weight for part in parts)
+        yield Term(
+            self.total, (weights, [part.data for part in parts]), sum(weights), "all the data"
+        )
+
+    def _batches(self) -> Generator[Term, None, None]:
+        device = device_of(self._inventory.parameters)
+        for i, batch in enumerate(self._data):
+            moved = to_device(batch, device)
+            self._moved += moved is not batch
+            data = (moved, seed_tensor(self.seed + i))
+            yield Term(self.loss, data, self._weight(moved), f"batch {i}")
+
+    def loss(
+        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
+    ) -> Tensor:
+        """The loss of one batch at ``params``: a 0-dim tensor. The model is as before afterwards."""
+        buffers = self._inventory.buffers
+        private = {n: t.clone() if n in buffers else t for n, t in state.items()}
+        holding = self._inventory.holding(private | params)
+        with holding, self.policies, Seeded(seed), self._rewrites:
+            return scalar(self.batch_loss(self.model, batch))
+
+    def total(
+        self,
+        params: dict[str, Tensor],
+        state: dict[str, Tensor],
+        weights: tuple[float, ...],
+        data: list[tuple[Any, Tensor]],
+    ) -> Tensor:
+        """The weighted mean of the batch losses, as one function."""
+        losses = (
+            w * self.loss(params, state, *batch) for w, batch in zip(weights, data, strict=True)
+        )
+        return torch.stack(list(losses)).sum() / sum(weights)
+
+    def _weight(self, batch: Any) -> float:
+        if self.average.weight is not None:
+            weight = float(self.average.weight(batch))
+        elif hasattr(self.batch_loss, "weight"):
+            weight = float(self.batch_loss.weight(self.model, batch))
+        else:
+            weight = samples_in(batch)
+        if not weight >= 0:
+            raise ValueError(f"a batch has weight {weight}; weights must be non-negative numbers")
+        return weight
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the user holds all batches anyway, where they are needed."""
+        return self._data.in_memory and self._moved == 0
+
+    def couples_samples(self) -> bool:
+        """Whether a layer makes the loss of a sample depend on the others or on chance."""
+        return any(
+            module.training and isinstance(module, _COUPLING) for module in self._inventory.modules
+        )
+
+    # -- freezing ---------------------------------------------------------------------------------
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells whether a matrix made now is still that of the live model."""
+        inventory = Inventory(self._roots)
+        return Fingerprint.of(inventory.parameters | inventory.buffers)
+
+    def frozen(self) -> EmpiricalRisk:
+        """The same functions with every module in train or eval mode as it is now."""
+        frozen = copy.copy(self)
+        frozen._inventory = Inventory(self._roots)
+        modes = [(module, module.training) for module in frozen._inventory.modules]
+        frozen.policies = TwiceDifferentiable(modes)
+        return frozen

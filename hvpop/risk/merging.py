@@ -1,0 +1,101 @@
+"""Several batches run as one: concatenated where samples are independent, else vectorized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .empirical import Term
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def concatenated(terms: Sequence[Term]) -> Term | None:
+    """One term with the samples of all, of any batch sizes; None if they do not fit together.
+
+    Right only if the loss is a mean over samples that do not see each other and that run along the
+    first dimension of every tensor. The caller has to make sure, by comparing products.
+    """
+    merged = _merged(terms, torch.cat, _same_samples)
+    if merged is None:
+        return None
+    weight = sum(term.weight for term in terms)
+    return Term(terms[0].function, (merged, None), weight, _range(terms))
+
+
+def stacked(terms: Sequence[Term]) -> Term | None:
+    """One term with the batches along a new dimension, each a mean of its own (`torch.vmap`).
+
+    Right for every loss that vmap can handle; needs batches of equal shape.
+    """
+    merged = _merged(terms, torch.stack, _same_shape)
+    if merged is None:
+        return None
+    weights = merged_weights(terms)
+    return Term(
+        OverBatches(terms[0].function), (merged, weights), float(weights.sum()), _range(terms)
+    )
+
+
+def merged_weights(terms: Sequence[Term]) -> Tensor:
+    """The weights of some terms, on the device of their data."""
+    first = next(x for x in pytree.tree_leaves(terms[0].data[0]) if isinstance(x, Tensor))
+    return torch.tensor([term.weight for term in terms], dtype=torch.float64, device=first.device)
+
+
+@dataclass(frozen=True)
+class OverBatches:
+    """The weighted mean of a function over a leading dimension of its data."""
+
+    function: Callable[..., Tensor]
+
+    def __call__(
+        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, weights: Tensor
+    ) -> Tensor:
+        dims = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batch)
+        over_batches = torch.vmap(self.function, in_dims=(None, None, dims, None))
+        losses: Tensor = over_batches(params, state, batch, None)
+        weights = weights.to(losses.dtype)
+        return (weights * losses).sum() / weights.sum()
+
+
+def _merged(
+    terms: Sequence[Term],
+    join: Callable[[list[Tensor]], Tensor],
+    fit: Callable[[Tensor, Tensor], bool],
+) -> Any:
+    """The batches of some terms with their tensors joined, or None."""
+    batches = [pytree.tree_flatten(term.data[0]) for term in terms]
+    structure = batches[0][1]
+    if any(other != structure for _, other in batches):
+        return None
+    merged: list[Any] = []
+    for leaves in zip(*(leaves for leaves, _ in batches), strict=True):
+        first = leaves[0]
+        if isinstance(first, Tensor):
+            if not all(isinstance(x, Tensor) and fit(first, x) for x in leaves):
+                return None
+            merged.append(join(list(leaves)))
+        elif isinstance(first, _PLAIN) and all(x == first for x in leaves):
+            merged.append(first)
+        else:
+            return None
+    return pytree.tree_unflatten(merged, structure)
+
+
+def _same_samples(first: Tensor, other: Tensor) -> bool:
+    return first.ndim > 0 and first.shape[1:] == other.shape[1:] and first.dtype == other.dtype
+
+
+def _same_shape(first: Tensor, other: Tensor) -> bool:
+    return first.shape == other.shape and first.dtype == other.dtype
+
+
+def _range(terms: Sequence[Term]) -> str:
+    first, last = terms[0].label, terms[-1].label
+    return first if len(terms) == 1 else f"{first} to {last.removeprefix('batch ')}"

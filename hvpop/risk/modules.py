@@ -1,0 +1,182 @@
+"""A model's parameters and buffers: which count, under which names, and how others take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Selection = Any
+"""``params=``: None, a name, a glob, a module, a parameter, a predicate ``(name, parameter) -> bool``,
+a mapping with names as keys, or an iterable of these."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DataParallel, DistributedDataParallel and SWA wrappers."""
+    while True:
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = cast(nn.Module, module._orig_mod)
+        elif isinstance(module, _WRAPPERS) and isinstance(module.module, nn.Module):
+            module = module.module
+        else:
+            return module
+
+
+_WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
+
+
+class Inventory:
+    """Every tensor of some modules, each once, with all the slots that hold it.
+
+    Made anew whenever the live model is read, since users replace parameters and modules.
+    """
+
+    def __init__(self, roots: Mapping[str, nn.Module]) -> None:
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self._slots: list[tuple[MutableMapping[str, Any], str, str]] = []
+        self._recurrent: list[nn.RNNBase] = []
+        self.modules: list[nn.Module] = []
+        seen: dict[int, str] = {}
+        for root, module in roots.items():
+            for path, child in module.named_modules(prefix=root):
+                self._add(path, child, seen)
+
+    def _add(self, path: str, module: nn.Module, seen: dict[int, str]) -> None:
+        self.modules.append(module)
+        if isinstance(module, nn.RNNBase):
+            self._recurrent.append(module)
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        for kind, tensors in (
+            (self.parameters, module._parameters),
+            (self.buffers, module._buffers),
+        ):
+            slots = _ScriptSlots(module) if scripted else tensors
+            for key, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                full = f"{path}.{key}" if path else key
+                name = seen.setdefault(id(tensor), full)
+                kind.setdefault(name, tensor)
+                self.aliases.setdefault(name, []).append(full)
+                self._slots.append((slots, key, name))
+
+    def trainable(self, selection: Selection = None) -> dict[str, Tensor]:
+        """The parameters that require a gradient and are selected, in the model's order."""
+        trainable = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                "the model has no trainable parameter: none has requires_grad=True; "
+                "call model.requires_grad_(True) or choose other parameters"
+            )
+        if selection is None:
+            return trainable
+        wanted = [self._test(item) for item in _items(selection)]
+        chosen = {n: p for n, p in trainable.items() if any(test(n, p) for test in wanted)}
+        for item, test in zip(_items(selection), wanted, strict=True):
+            if not any(test(n, p) for n, p in trainable.items()):
+                raise ValueError(
+                    f"params={_shown(item)} matches no trainable parameter; "
+                    f"there are {', '.join(trainable)}"
+                )
+        return chosen
+
+    def _test(self, item: Any) -> Callable[[str, Tensor], bool]:
+        if isinstance(item, str):
+            return lambda name, p: any(fnmatchcase(alias, item) for alias in self.aliases[name])
+        if isinstance(item, nn.Module):
+            held = {id(p) for p in unwrapped(item).parameters()}
+            return lambda name, p: id(p) in held
+        if isinstance(item, Tensor):
+            return lambda name, p: p is item
+        if callable(item):
+            return lambda name, p: bool(item(name, p))
+        raise TypeError(
+            "params= takes names, globs, modules, parameters or a predicate (name, parameter) -> bool, "
+            f"got {type(item).__name__}"
+        )
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """``tensors`` in the places of the parameters and buffers of their names, for a while."""
+        return _Holding(self._slots, self._recurrent, self.modules, tensors)
+
+
+class _Holding(AbstractContextManager[None]):
+    def __init__(
+        self,
+        slots: list[tuple[MutableMapping[str, Any], str, str]],
+        recurrent: list[nn.RNNBase],
+        modules: list[nn.Module],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        self._slots, self._recurrent, self._modules = slots, recurrent, modules
+        self._tensors = tensors
+
+    def __enter__(self) -> None:
+        # What a forward pass leaves in a module (computed weights, activations) is undone too.
+        self._attributes = [(m.__dict__, m.__dict__.copy()) for m in self._modules]
+        self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
+        tensors = self._tensors
+        for slots, key, name in self._slots:
+            if name in tensors:
+                self._replaced.append((slots, key, slots[key]))
+                slots[key] = tensors[name]
+        for module in self._recurrent:  # these keep a list of their weights beside the slots
+            names = module._flat_weights_names
+            module._flat_weights = [getattr(module, name, None) for name in names]
+
+    def __exit__(self, *exception: object) -> None:
+        for slots, key, tensor in reversed(self._replaced):
+            slots[key] = tensor
+        for now, before in self._attributes:
+            if _differs(now, before):
+                now.clear()
+                now.update(before)
+
+
+class _ScriptSlots(MutableMapping[str, Any]):
+    """The slots of a ScriptModule, whose tensors live on its C++ side."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module._c
+
+    def __getitem__(self, key: str) -> Any:
+        return self._module.getattr(key)
+
+    def __setitem__(self, key: str, tensor: Any) -> None:
+        self._module.setattr(key, tensor)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError("the slots of a ScriptModule cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("the slots of a ScriptModule are addressed by name")
+
+    def __len__(self) -> int:
+        raise TypeError("the slots of a ScriptModule are addressed by name")
+
+
+def _differs(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    try:
+        return now != before  # identical objects compare equal without being looked at
+    except Exception:  # a replaced tensor or array has no truth value; other objects may refuse too
+        return True
+
+
+def _items(selection: Selection) -> list[Any]:
+    if isinstance(selection, Iterable) and not isinstance(selection, str | nn.Module | Tensor):
+        return list(selection)
+    return [selection]
+
+
+def _shown(item: Any) -> str:
+    return repr(item) if isinstance(item, str) else f"<{type(item).__name__}>"

@@ -1,0 +1,102 @@
+"""What a mean loss divides by, known from the loss and its targets alone.
+
+A weighted mean of batch losses equals the loss of all the data at once if each batch is weighted
+by its own divisor. torch's losses divide by one of a few things, listed here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Normaliser = Callable[[Tensor], float]
+"""Targets of a batch -> what the loss divides by."""
+
+
+class UnknownReductionError(ValueError):
+    """A loss whose batch values cannot be averaged by sample."""
+
+
+def normaliser_of(loss: Any) -> Normaliser | None:
+    """How ``loss`` normalises; None if that cannot be told from it.
+
+    Knows torch's loss modules and functions, also through `functools.partial`.
+    """
+    function, settings = _settings(loss)
+    if settings.get("reduction") in ("sum", "none"):
+        raise UnknownReductionError(_advice(loss, settings["reduction"]))
+    if function in _BY_CLASS_WEIGHT:
+        return functools.partial(
+            _counted_classes, settings.get("weight"), settings.get("ignore_index", -100)
+        )
+    if function in _BY_ELEMENT:
+        return lambda targets: float(targets.numel())
+    return None
+
+
+def _advice(loss: Any, reduction: str) -> str:
+    name = getattr(loss, "__name__", None) or type(loss).__name__
+    if reduction == "sum":
+        return (
+            f"{name} has reduction='sum', which average=SAMPLES cannot turn into a mean; "
+            "use reduction='mean', or average=TOTAL for the Hessian of the sum"
+        )
+    return f"{name} has reduction='none': a loss must be a scalar; use reduction='mean' or 'sum'"
+
+
+def _settings(loss: Any) -> tuple[Any, dict[str, Any]]:
+    """The function a loss stands for, and its settings by name."""
+    if isinstance(loss, functools.partial):
+        function, settings = _settings(loss.func)
+        return function, settings | dict(loss.keywords)
+    if isinstance(loss, nn.Module):
+        function = _FUNCTION_OF.get(type(loss))
+        names = ("reduction", "weight", "ignore_index")
+        return function, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
+    if inspect.isfunction(loss) and loss in (_BY_CLASS_WEIGHT | _BY_ELEMENT):
+        return loss, {}
+    return None, {}
+
+
+def _counted_classes(weight: Tensor | None, ignore_index: int, targets: Tensor) -> float:
+    """Cross entropy divides by the class weights of the targets that it does not ignore."""
+    if targets.is_floating_point():  # class probabilities: divided by the number of predictions
+        return float(targets.shape[0] * targets[:, :1].numel() / max(targets.shape[0], 1))
+    if weight is None and ignore_index < 0 and targets.min() >= 0:
+        return float(targets.numel())  # the usual case, at a fifth of the cost
+    counted = targets[targets != ignore_index]
+    return (
+        float(counted.numel())
+        if weight is None
+        else float(weight.to(targets.device)[counted].sum())
+    )
+
+
+_FUNCTION_OF = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.NLLLoss: F.nll_loss,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+}
+_BY_CLASS_WEIGHT = {F.cross_entropy, F.nll_loss}
+_BY_ELEMENT = {
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+}

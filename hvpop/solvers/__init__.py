@@ -1,0 +1,42 @@
+"""Solvers native to torch, for any operator: they share passes and report true residuals."""
+
+from .cg import cg
+from .direct import Direct
+from .functions import MatrixFunction, matrix_function
+from .inverse import Inverse, NotConverged, pseudoinverse
+from .lsmr import lsmr
+from .minres import minres
+from .multishift import multishift_cg
+from .preconditioners import Nystrom, jacobi, nystrom
+from .results import (
+    FunctionResult,
+    LeastSquaresResult,
+    MultishiftResult,
+    SolveResult,
+    SteihaugResult,
+    Step,
+)
+from .steihaug import steihaug
+
+__all__ = [
+    "Direct",
+    "FunctionResult",
+    "Inverse",
+    "LeastSquaresResult",
+    "MatrixFunction",
+    "MultishiftResult",
+    "NotConverged",
+    "Nystrom",
+    "SolveResult",
+    "SteihaugResult",
+    "Step",
+    "cg",
+    "jacobi",
+    "lsmr",
+    "matrix_function",
+    "minres",
+    "multishift_cg",
+    "nystrom",
+    "pseudoinverse",
+    "steihaug",
+]

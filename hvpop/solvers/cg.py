@@ -1,0 +1,162 @@
+"""Conjugate gradients for one or many right-hand sides in lock-step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import checks, lockstep
+from .lockstep import BREAKDOWN, GO, NEGATIVE
+from .results import Callback, SolveResult
+
+
+def cg(
+    A: LinearOperator,
+    b: Tensor,
+    *,
+    x0: Tensor | None = None,
+    preconditioner: LinearOperator | None = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_steps: int | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> SolveResult:
+    """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients.
+
+    All columns of ``b`` share each pass: k systems cost one block product per step, and a column
+    that is done drops out of it. "converged" is said only of a true residual, ``b - A x`` computed
+    from ``x``, which costs one more product per column.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Symmetric, order n; linearized here.
+    b : Tensor
+        ``(n,)``, or ``(n, k)`` for k systems. Of the dtype and on the device of ``A``.
+    x0 : Tensor, optional
+        Where to start, of the shape of ``b``; zero by default.
+    preconditioner : LinearOperator, optional
+        Symmetric positive definite, close to the inverse of ``A``: `nystrom`, `jacobi`, ...
+    rtol, atol
+        A column has converged when ``|b - A x| <= max(rtol * |b|, atol)``.
+    max_steps
+        10 n by default.
+    callback
+        Called with a `Step` after each step; returning True ends the run.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    SolveResult
+        Per column one of these statuses; the last iterate is in ``x`` whatever it is.
+
+        - "converged".
+        - "negative curvature": ``d'Ad < 0`` beyond rounding for the unit vector ``d`` in
+          `directions`: ``A`` is not positive definite. Damp it more, or use `minres`.
+        - "stagnated": the recurrence says small, the true residual disagrees, and starting again
+          from it did not halve it. The tolerance is below what the dtype allows, or the system is
+          singular and has no solution.
+        - "max steps".
+        - "interrupted": by Ctrl-C or by the callback.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For operands that do not fit ``A``, and for an ``A`` that is not marked symmetric.
+    FloatingPointError
+        If ``A`` returns non-finite values.
+
+    Notes
+    -----
+    M. R. Hestenes, E. Stiefel (1952). True residuals and restarts are in the spirit of
+    H. A. van der Vorst, Q. Ye (2000). Memory: six blocks ``(n, k)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Diagonal
+    >>> from hvpop.solvers import cg
+    >>> A = Diagonal(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    >>> result = cg(A, torch.ones(3, dtype=torch.float64), rtol=1e-10)
+    >>> result.x
+    tensor([1.0000, 0.5000, 0.2500], dtype=torch.float64)
+    >>> result.status, result.products  # three steps and one check
+    (('converged',), 4)
+    """
+    checks.symmetric("cg", A)
+    checks.limits("cg", rtol, atol, max_steps)
+    B = checks.columns("cg", A, b)
+    X0 = checks.start("cg", A, b, x0)
+    M = checks.preconditioner("cg", A, preconditioner)
+    return lockstep.solve(
+        _ConjugateGradients(A.linearize(), M),
+        b,
+        B,
+        X0,
+        rtol=rtol,
+        atol=atol,
+        max_steps=10 * A.shape[0] if max_steps is None else max_steps,
+        callback=callback,
+        progress=progress,
+    )
+
+
+@dataclass
+class _State(lockstep.State):
+    R: Tensor  # (n, k), residuals
+    P: Tensor  # (n, k), search directions
+    rho: Tensor  # (k,), r'Mr
+
+
+class _ConjugateGradients(lockstep.Recurrence[_State]):
+    who = "cg"
+
+    def __init__(self, A: LinearOperator, M: LinearOperator | None) -> None:
+        super().__init__(A)
+        self.M = M
+
+    def start(self, B: Tensor, X: Tensor | None) -> _State:
+        R = self.residual(B, X)
+        Z, rho = self._precondition(R)
+        return _State(
+            X=torch.zeros_like(B) if X is None else X,
+            error=torch.linalg.vector_norm(R, dim=0),
+            halt=torch.full_like(rho, GO, dtype=torch.long),
+            R=R,
+            P=Z.clone(),
+            rho=rho,
+        )
+
+    def step(self, state: _State) -> None:
+        AP = self.multiply(state.P)
+        curvature = torch.linalg.vecdot(state.P, AP, dim=0)
+        noise = self.eps * self.scale * torch.linalg.vecdot(state.P, state.P, dim=0)
+        flat = curvature <= noise
+        state.halt = torch.where(flat, torch.where(curvature < -noise, NEGATIVE, BREAKDOWN), GO)
+        alpha = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature))
+        state.X.addcmul_(state.P, alpha)
+        state.R.addcmul_(AP, alpha, value=-1)
+        Z, rho = self._precondition(state.R)
+        # a halted column keeps its direction, which is what it has to report
+        beta = torch.where(flat, 0.0, rho / torch.where(state.rho > 0, state.rho, 1.0))
+        P = torch.addcmul(Z, state.P, beta)
+        state.P = torch.where(flat, state.P, P) if bool(flat.any()) else P
+        state.rho = rho
+        state.error = torch.linalg.vector_norm(state.R, dim=0)
+
+    def directions(self, state: _State) -> Tensor:
+        return state.P / torch.linalg.vector_norm(state.P, dim=0)
+
+    def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
+        Z = R if self.M is None else self.M @ R
+        rho = torch.linalg.vecdot(R, Z, dim=0)
+        if self.M is not None and bool((rho < 0).any()):
+            raise ValueError(
+                f"cg({self.A!r}): its preconditioner {self.M!r} is not positive definite; it has r'Mr < 0"
+            )
+        return Z, rho

@@ -1,0 +1,101 @@
+"""What every solver demands of its arguments, said once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+
+
+def columns(
+    who: str, A: LinearOperator, b: Any, name: str = "b", *, length: int | None = None
+) -> Tensor:
+    """``b``, a tensor ``(m,)`` or ``(m, k)``, as columns ``(m, k)`` in the working dtype of ``A``."""
+    m = A.shape[0] if length is None else length
+    if not isinstance(b, Tensor):
+        raise TypeError(
+            f"{who} expects {name} as a torch tensor, got {type(b).__name__}; use torch.as_tensor"
+            f"({name}), or Inverse(A) @ {name} and SciPy's solvers, which take arrays"
+        )
+    if b.ndim not in (1, 2) or b.shape[0] != m:
+        raise ValueError(
+            f"{who}({A!r}) expects {name} of shape ({m},) or ({m}, k), got {tuple(b.shape)}"
+        )
+    dtype = working_dtype(A)
+    if b.dtype not in (A.torch_dtype, dtype):
+        raise TypeError(
+            f"{who}({A!r}) expects {name} of dtype {dtype}, got {b.dtype}; use .to({dtype})"
+        )
+    if b.device != A.device:
+        raise ValueError(
+            f"{who}({A!r}) expects {name} on {A.device}, got {b.device}; use .to(A.device)"
+        )
+    if not bool(b.isfinite().all()):
+        raise ValueError(f"{who}({A!r}): {name} has entries that are not finite")
+    B = b.detach().to(dtype)
+    return B if B.ndim == 2 else B.unsqueeze(1)
+
+
+def start(who: str, A: LinearOperator, b: Tensor, x0: Any) -> Tensor | None:
+    """A private copy of ``x0`` as columns, or None."""
+    if x0 is None:
+        return None
+    X = columns(who, A, x0, "x0", length=A.shape[1])
+    if tuple(x0.shape[1:]) != tuple(b.shape[1:]):
+        raise ValueError(
+            f"{who}({A!r}) expects one x0 per column of b, got shapes {tuple(x0.shape)} and {tuple(b.shape)}"
+        )
+    return X.clone()
+
+
+def operator(who: str, A: Any) -> None:
+    """``A`` is an operator of hvpop."""
+    if not isinstance(A, LinearOperator):
+        raise TypeError(
+            f"{who} expects a hvpop.LinearOperator, got {type(A).__name__}; wrap a matrix as Dense(A)"
+        )
+
+
+def symmetric(who: str, A: Any, instead: str = "use lsmr") -> None:
+    """``A`` is a symmetric operator."""
+    operator(who, A)
+    if not A.symmetric:
+        raise ValueError(
+            f"{who} expects a symmetric operator, got {A!r}; {instead}, "
+            "or build it with symmetric=True if it is symmetric"
+        )
+
+
+def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None:
+    """``M`` is a symmetric operator that multiplies what ``A`` multiplies; linearized."""
+    if M is None:
+        return None
+    if not isinstance(M, LinearOperator):
+        raise TypeError(
+            f"{who} expects its preconditioner as a hvpop.LinearOperator, got {type(M).__name__}"
+        )
+    if M.shape != A.shape:
+        raise ValueError(f"{who}({A!r}) expects a preconditioner of shape {A.shape}, got {M!r}")
+    if M.device != A.device or working_dtype(M) is not working_dtype(A):
+        raise TypeError(
+            f"{who}({A!r}) expects a preconditioner of dtype {working_dtype(A)} on {A.device}, got {M!r}"
+        )
+    symmetric(f"{who}'s preconditioner", M, "symmetrize it")
+    return M.linearize()
+
+
+def limits(who: str, rtol: float, atol: float, max_steps: int | None) -> None:
+    """Tolerances are not negative, steps are counted from 0."""
+    if not (rtol >= 0 and atol >= 0):
+        raise ValueError(f"{who} expects rtol, atol >= 0, got {rtol}, {atol}")
+    if max_steps is not None and max_steps < 0:
+        raise ValueError(f"{who} expects max_steps >= 0, got {max_steps}")
+
+
+def working_dtype(A: LinearOperator) -> torch.dtype:
+    """The dtype solvers compute in: that of the products, float32 for half precision."""
+    return torch.float64 if np.dtype(A.dtype) == np.float64 else torch.float32

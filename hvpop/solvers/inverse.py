@@ -1,0 +1,126 @@
+"""The inverse of an operator as an operator, and the pseudoinverse of a known spectrum."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator, LowRank
+from ..operators.algebra import Composite
+from .cg import cg
+from .results import SolveResult
+
+Solver = Callable[[LinearOperator, Tensor], SolveResult | Tensor]
+
+
+class NotConverged(RuntimeWarning):
+    """A product was returned although its solver did not reach its tolerance."""
+
+
+class Inverse(Composite):
+    """``A^-1``: every product solves a system; it composes like any operator and takes arrays too.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Square. If it follows a live model, so does the inverse; linearize for many products.
+    solve : callable
+        ``solve(A, B)`` for a tensor ``(n, k)`` returns a result with ``x``, or ``x`` itself. With options:
+        ``functools.partial(cg, preconditioner=P, rtol=1e-8)``. `minres` where ``A`` is indefinite,
+        `Direct` where it is small, `lsmr` where it is not symmetric.
+
+    Warns
+    -----
+    NotConverged
+        If the solver's result says so. The product is then the solver's last iterate.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Damped, Dense
+    >>> from hvpop.solvers import Direct, Inverse
+    >>> H = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64), symmetric=True)
+    >>> influence = H @ Inverse(Damped(H, 1.0)) @ H
+    >>> influence @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    tensor([ 0.5000, -0.5000], dtype=torch.float64)
+    >>> round(Inverse(H, solve=Direct()).logdet(), 6)  # log (1 / 3)
+    -1.098612
+    """
+
+    def __init__(self, A: LinearOperator, solve: Solver = cg) -> None:
+        if not isinstance(A, LinearOperator) or A.shape[0] != A.shape[1]:
+            raise ValueError(
+                f"Inverse expects a square hvpop.LinearOperator, got {A!r}; "
+                "lsmr solves rectangular systems"
+            )
+        super().__init__((A,), A.shape, symmetric=A.symmetric)
+        self.solve = solve
+
+    @property
+    def operator(self) -> LinearOperator:
+        """The operator whose inverse this is."""
+        return self.parts[0]
+
+    def logdet(self) -> float:
+        """``log det A^-1``, where the solver knows it, as `Direct` does."""
+        logdet = getattr(self.solve, "logdet", None)
+        if logdet is None:
+            name = getattr(self.solve, "__name__", type(self.solve).__name__)
+            raise TypeError(
+                f"{self!r}: its solver {name} does not give the determinant; use solve=Direct(), "
+                "or an estimate of log det A"
+            )
+        return -float(logdet(self.operator))
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self._solved(self.operator, V)
+
+    def _apply_transpose(self, U: Tensor) -> Tensor:
+        return self._solved(self.operator.T, U)
+
+    def _solved(self, A: LinearOperator, V: Tensor) -> Tensor:
+        result = self.solve(A, V)
+        if isinstance(result, Tensor):
+            return result
+        if not result.converged:
+            warnings.warn(f"{self!r}: {result}", NotConverged, stacklevel=2)
+        return result.x
+
+
+def pseudoinverse(
+    eigenvalues: Tensor, eigenvectors: Tensor, *, rtol: float | None = None
+) -> LowRank:
+    """The pseudoinverse of ``U diag(eigenvalues) U'``: inverted where it is not zero, zero elsewhere.
+
+    Parameters
+    ----------
+    eigenvalues : Tensor
+        ``(k,)``, of either sign.
+    eigenvectors : Tensor
+        ``(n, k)``, orthonormal columns ``U``.
+    rtol
+        Eigenvalues of size up to ``rtol`` times the largest count as zero; by default n times the
+        rounding unit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop.solvers import pseudoinverse
+    >>> U = torch.eye(3, dtype=torch.float64)
+    >>> A = pseudoinverse(torch.tensor([4.0, -2.0, 1e-17], dtype=torch.float64), U)
+    >>> A @ torch.ones(3, dtype=torch.float64)
+    tensor([ 0.2500, -0.5000,  0.0000], dtype=torch.float64)
+    """
+    if eigenvectors.ndim != 2 or tuple(eigenvalues.shape) != (eigenvectors.shape[1],):
+        raise ValueError(
+            "pseudoinverse expects eigenvalues (k,) and eigenvectors (n, k), got "
+            f"{tuple(eigenvalues.shape)} and {tuple(eigenvectors.shape)}"
+        )
+    if rtol is None:
+        rtol = eigenvectors.shape[0] * torch.finfo(eigenvalues.dtype).eps
+    size = eigenvalues.abs()
+    kept = size > rtol * (size.max() if size.numel() else 0.0)
+    return LowRank(eigenvectors[:, kept], 1 / eigenvalues[kept])

@@ -1,0 +1,269 @@
+"""Many Krylov recurrences in lock-step: a block product per step, true residuals, columns that drop out.
+
+A `Recurrence` is a solver's mathematics for columns that know nothing of each other. `solve` runs it:
+it multiplies all running columns at once, checks by the true residual what the recurrence claims,
+starts again from that residual where rounding has parted the two, and ends what no longer improves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import checks
+from .progress import Bar
+from .results import Callback, SolveResult, Status, Step
+
+GO, BREAKDOWN, NEGATIVE = 0, 1, 2
+
+
+@dataclass
+class State:
+    """One recurrence per column; every tensor has the columns last."""
+
+    X: Tensor  # (n, k), the iterates
+    error: Tensor  # (k,), the norm that is to fall below the target
+    halt: Tensor  # (k,), GO, BREAKDOWN (no further step exists) or NEGATIVE (curvature)
+
+    def take(self, columns: Tensor) -> Self:
+        """Some of the columns, copied."""
+        return replace(self, **{f.name: getattr(self, f.name)[..., columns] for f in fields(self)})
+
+    def put(self, columns: Tensor, other: Self) -> None:
+        """Overwrite some of the columns."""
+        for f in fields(self):
+            getattr(self, f.name)[..., columns] = getattr(other, f.name)
+
+
+S = TypeVar("S", bound=State)
+
+
+class Recurrence(ABC, Generic[S]):
+    """How one solver starts and steps; it counts its products and learns a scale of ``A``."""
+
+    who: str
+
+    def __init__(self, A: LinearOperator) -> None:
+        self.A = A
+        self.products = 0
+        self.dtype = checks.working_dtype(A)
+        self.eps = torch.finfo(self.dtype).eps
+        self.scale = torch.zeros((), dtype=self.dtype, device=A.device)  # <= |A|
+
+    @abstractmethod
+    def start(self, B: Tensor, X: Tensor | None) -> S:
+        """The recurrence from the iterates ``X`` (zero if None), its `error` from the true residual."""
+
+    @abstractmethod
+    def step(self, state: S) -> None:
+        """One step for every column, in place; columns that cannot go on say so in `halt`."""
+
+    def directions(self, state: S) -> Tensor | None:
+        """Unit vectors ``(n, k)``, meaningful where `halt` is NEGATIVE."""
+        return None
+
+    def floor(self, state: S) -> Tensor:
+        """``(k,)``: below about this, rounding in the products may decide what the error really is."""
+        eps = torch.finfo(self.A.torch_dtype).eps  # of half precision, where the products have it
+        return 8 * eps * self.scale * torch.linalg.vector_norm(state.X, dim=0)
+
+    def multiply(self, V: Tensor) -> Tensor:
+        """``A V``, counted."""
+        self.products += V.shape[1]
+        Y: Tensor = self.A @ V
+        growth = torch.linalg.vector_norm(Y, dim=0) / torch.linalg.vector_norm(V, dim=0).clamp_min(
+            torch.finfo(self.dtype).tiny
+        )
+        if growth.numel():
+            self.scale = torch.maximum(self.scale, growth.max())
+        return Y
+
+    def residual(self, B: Tensor, X: Tensor | None) -> Tensor:
+        """``B - A X``, in memory of its own; no product where ``X`` is None."""
+        return B.clone() if X is None else B - self.multiply(X)
+
+
+def solve(
+    recurrence: Recurrence[S],
+    b: Tensor,
+    B: Tensor,
+    X0: Tensor | None,
+    *,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    callback: Callback | None,
+    progress: bool,
+) -> SolveResult:
+    """Run the recurrence for the columns ``B`` of ``b`` until each one ends."""
+    run = _Run(recurrence, B, X0, vector=b.ndim == 1)
+    bar = Bar(recurrence.who, progress)
+    try:
+        run.begin(rtol, atol)
+        while run.running and run.steps < max_steps:
+            run.step()
+            bar.update(run.worst())
+            if callback is not None and callback(run.report()):
+                run.close_all("interrupted")
+        run.close_all("max steps")
+    except KeyboardInterrupt:
+        if not run.begun:
+            raise
+        run.close_all("interrupted")
+    finally:
+        bar.close()
+    return run.result()
+
+
+class _Run(Generic[S]):
+    """The bookkeeping: where the running columns belong, and what is known of all of them."""
+
+    def __init__(
+        self, recurrence: Recurrence[S], B: Tensor, X0: Tensor | None, *, vector: bool
+    ) -> None:
+        k = B.shape[1]
+        self.recurrence, self.B, self.X0, self.vector = recurrence, B, X0, vector
+        self.begun = False
+        self.steps = 0
+        self.columns = torch.arange(k, device=B.device)  # (running,)
+        self.status: list[Status] = ["max steps"] * k
+        self.reference = B.new_full((k,), torch.inf)  # least true error at a check
+        self.checked = B.new_full((k,), torch.inf)  # error by recurrence at the last check
+        self.direction: Tensor | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.columns.numel() > 0
+
+    def begin(self, rtol: float, atol: float) -> None:
+        self.state = state = self.recurrence.start(self.B, self.X0)
+        norms = state.error if self.X0 is None else self.recurrence.start(self.B, None).error
+        self.target = (rtol * norms).clamp_min(atol)
+        self.x, self.error = state.X.clone(), state.error.clone()
+        self.history = [state.error.clone()]
+        self.begun = True
+        self._require_finite()
+        self._close(state.error <= self.target, "converged")
+
+    def step(self) -> None:
+        self.recurrence.step(self.state)
+        self.steps += 1
+        row = torch.full_like(self.error, torch.nan)
+        row[self.columns] = self.state.error
+        self.history.append(row)
+        self._require_finite()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Check the columns that claim to be done, that are at the floor or that cannot go on."""
+        state, at = self.state, self.columns
+        negative = state.halt == NEGATIVE
+        claimed = (state.error <= self.target[at]) | (state.halt == BREAKDOWN)
+        low = (state.error <= self.recurrence.floor(state)) & (
+            state.error <= 0.1 * self.checked[at]
+        )
+        due = ((claimed | low) & ~negative).nonzero().squeeze(1)
+        ended = torch.zeros_like(negative)
+        if due.numel():
+            ended[due] = self._check(due, claimed[due])
+        if bool(negative.any()):
+            self._keep_directions(negative)
+            self._close_checked(negative)
+        self._drop(ended | negative)
+
+    def _check(self, due: Tensor, claimed: Tensor) -> Tensor:
+        """Which of the columns ``due`` end here; the others go on, from their true residual if need be."""
+        state, at = self.state, self.columns[due]
+        fresh = self.recurrence.start(self.B[:, at], state.X[:, due])
+        converged = fresh.error <= self.target[at]
+        faithful = ~claimed & (state.error[due] >= 0.5 * fresh.error)
+        improved = fresh.error <= 0.5 * self.reference[at]
+        better = fresh.error <= self.error[at]
+        self.x[:, at[better]], self.error[at[better]] = fresh.X[:, better], fresh.error[better]
+        self.reference[at] = torch.minimum(self.reference[at], fresh.error)
+        again = improved & ~converged & ~faithful
+        self.checked[at] = torch.where(again, torch.inf, state.error[due])
+        state.put(due[again], fresh.take(again))
+        ended = converged | ~(faithful | improved)
+        for column, good in zip(at[ended].tolist(), converged[ended].tolist(), strict=True):
+            self.status[column] = "converged" if good else "stagnated"
+        return ended
+
+    def _keep_directions(self, negative: Tensor) -> None:
+        directions = self.recurrence.directions(self.state)
+        if directions is None:
+            return
+        if self.direction is None:
+            self.direction = torch.zeros_like(self.x)
+        self.direction[:, self.columns[negative]] = directions[:, negative]
+
+    def _close_checked(self, mask: Tensor) -> None:
+        """Columns that end by negative curvature where they are."""
+        at = self.columns[mask]
+        X = self.state.X[:, mask]
+        self.x[:, at] = X
+        self.error[at] = self.recurrence.start(self.B[:, at], X).error
+        for column in at.tolist():
+            self.status[column] = "negative curvature"
+
+    def _close(self, mask: Tensor, status: Status) -> None:
+        for column in self.columns[mask].tolist():
+            self.status[column] = status
+        self._drop(mask)
+
+    def _drop(self, mask: Tensor) -> None:
+        if bool(mask.any()):
+            keep = (~mask).nonzero().squeeze(1)
+            self.columns, self.state = self.columns[keep], self.state.take(keep)
+
+    def close_all(self, status: Status) -> None:
+        if not self.running:
+            return
+        at, X = self.columns, self.state.X
+        self.x[:, at] = X
+        if self.steps:
+            self.error[at] = self.recurrence.start(self.B[:, at], X).error
+        for column, good in zip(at.tolist(), (self.error <= self.target)[at].tolist(), strict=True):
+            self.status[column] = "converged" if good else status
+        self.columns = at[:0]
+
+    def _require_finite(self) -> None:
+        if not bool(self.state.error.isfinite().all()):
+            raise FloatingPointError(
+                f"{self.recurrence.who}({self.recurrence.A!r}): the residual is not finite after "
+                f"{self.steps} steps; look for non-finite entries in the model, the data or the damping"
+            )
+
+    def worst(self) -> str:
+        if not self.running:
+            return "done"
+        ratio = self.state.error / self.target[self.columns].clamp_min(1e-300)
+        at = int(ratio.argmax())
+        text = f"residual {self.state.error[at].item():.2e}"
+        text += f" (target {self.target[self.columns[at]].item():.2e})"
+        return text if self.vector else f"{text}, {self.columns.numel()} columns"
+
+    def report(self) -> Step:
+        x, norms = self.x.clone(), self.error.clone()
+        x[:, self.columns], norms[self.columns] = self.state.X, self.state.error
+        return Step(self.steps, self._as_b(x), norms, self.recurrence.products)
+
+    def result(self) -> SolveResult:
+        return SolveResult(
+            x=self._as_b(self.x),
+            status=tuple(self.status),
+            residual_norms=self.error,
+            targets=self.target,
+            history=torch.stack(self.history),
+            steps=self.steps,
+            products=self.recurrence.products,
+            directions=None if self.direction is None else self._as_b(self.direction),
+        )
+
+    def _as_b(self, X: Tensor) -> Tensor:
+        return X.squeeze(1) if self.vector else X

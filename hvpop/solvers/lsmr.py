@@ -1,0 +1,199 @@
+"""Least squares with a rectangular operator, by LSMR in lock-step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import checks, lockstep
+from .lockstep import BREAKDOWN, GO
+from .results import Callback, LeastSquaresResult
+
+
+def lsmr(
+    A: LinearOperator,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    x0: Tensor | None = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_steps: int | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> LeastSquaresResult:
+    """Minimise ``|A x - b|^2 + damping |x|^2`` for an ``A`` of any shape, by LSMR.
+
+    All columns of ``b`` share each pass over ``A`` and over ``A'``. What is measured is the gradient
+    ``g = A'(b - A x) - damping x``, which is zero at the solution whether or not ``A x = b`` has one;
+    "converged" is said only of ``g`` computed from ``x``.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        ``(m, n)``, with a transpose; linearized here.
+    b : Tensor
+        ``(m,)``, or ``(m, k)`` for k problems.
+    damping
+        Not negative; ``x`` solves ``(A'A + damping I) x = A'b``.
+    rtol, atol
+        A column has converged when ``|g| <= max(rtol * |A'b|, atol)``.
+    x0, max_steps, callback, progress
+        As in `cg`; ``x0`` has n rows, and 10 min(m, n) steps are the default limit.
+
+    Returns
+    -------
+    LeastSquaresResult
+        `residual_norms` are of ``b - A x``, `gradient_norms` of ``g``; `history` follows ``|g|``. From
+        ``x0 = 0`` and without damping ``x`` is the shortest of the minimisers. The statuses are those
+        of `cg`, without "negative curvature".
+
+    Notes
+    -----
+    D. C.-L. Fong, M. Saunders (2011): MINRES on the normal equations, without squaring the condition
+    of the vectors. Two products per step and column, three blocks ``(n, k)`` and one ``(m, k)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Dense
+    >>> from hvpop.solvers import lsmr
+    >>> A = Dense(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], dtype=torch.float64))
+    >>> result = lsmr(A, torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
+    >>> result.x, result.residual_norms
+    (tensor([1.0000, 0.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    checks.operator("lsmr", A)
+    checks.limits("lsmr", rtol, atol, max_steps)
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"lsmr expects a finite damping >= 0, got {damping}")
+    B = checks.columns("lsmr", A, b)
+    X0 = checks.start("lsmr", A, b, x0)
+    recurrence = _LeastSquares(A.linearize(), math.sqrt(damping))
+    result = lockstep.solve(
+        recurrence,
+        b,
+        recurrence.extended(B),
+        X0,
+        rtol=rtol,
+        atol=atol,
+        max_steps=10 * min(A.shape) if max_steps is None else max_steps,
+        callback=callback,
+        progress=progress,
+    )
+    X = result.x if b.ndim == 2 else result.x.unsqueeze(1)
+    known = {f.name: getattr(result, f.name) for f in fields(result)}
+    known["residual_norms"] = torch.linalg.vector_norm(B - recurrence.A @ X, dim=0)
+    known["products"] += X.shape[1]
+    return LeastSquaresResult(**known, gradient_norms=result.residual_norms)
+
+
+@dataclass
+class _State(lockstep.State):
+    U: Tensor  # (m, k), left vectors of the bidiagonalization; (m + n, k) with damping
+    V: Tensor  # (n, k), right vectors
+    H: Tensor  # (n, k), directions of LSQR
+    H_bar: Tensor  # (n, k), directions of LSMR
+    alpha: Tensor  # (k,), the last diagonal entry of the bidiagonal
+    alpha_bar: Tensor  # (k,)
+    rho: Tensor  # (k,), from the first QR factorization
+    rho_bar: Tensor  # (k,), from the second
+    c_bar: Tensor  # (k,), its rotation
+    s_bar: Tensor  # (k,)
+    zeta_bar: Tensor  # (k,), |gradient| up to sign
+    size: Tensor  # (k,), of the bidiagonal as far as it is known
+    rest: Tensor  # (k,), |residual| of the damped problem at the (re)start
+
+
+class _LeastSquares(lockstep.Recurrence[_State]):
+    """Works on the damped problem as ``[A; root I] x = [b; 0]``, so that a restart is a plain start."""
+
+    who = "lsmr"
+
+    def __init__(self, A: LinearOperator, root: float) -> None:
+        super().__init__(A)
+        self.root = root
+
+    def extended(self, B: Tensor) -> Tensor:
+        return torch.cat([B, B.new_zeros(self.A.shape[1], B.shape[1])]) if self.root else B
+
+    def start(self, B: Tensor, X: Tensor | None) -> _State:
+        U = B.clone() if X is None else B - self._forward(X)
+        beta = torch.linalg.vector_norm(U, dim=0)
+        U = U * _reciprocal(beta)
+        V = self._back(U)
+        alpha = torch.linalg.vector_norm(V, dim=0)
+        V = V * _reciprocal(alpha)
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        return _State(
+            X=torch.zeros_like(V) if X is None else X,
+            error=alpha * beta,
+            halt=torch.full_like(alpha, GO, dtype=torch.long),
+            U=U,
+            V=V,
+            H=V.clone(),
+            H_bar=torch.zeros_like(V),
+            alpha=alpha,
+            alpha_bar=alpha.clone(),
+            rho=one,
+            rho_bar=one.clone(),
+            c_bar=one.clone(),
+            s_bar=zero,
+            zeta_bar=alpha * beta,
+            size=alpha.clone(),
+            rest=beta,
+        )
+
+    def step(self, t: _State) -> None:
+        # Golub-Kahan: one more row and column of the bidiagonal
+        U = self._forward(t.V).addcmul_(t.U, t.alpha, value=-1)
+        beta = torch.linalg.vector_norm(U, dim=0)
+        U *= _reciprocal(beta)
+        V = self._back(U).addcmul_(t.V, beta, value=-1)
+        alpha = torch.linalg.vector_norm(V, dim=0)
+        t.size = torch.maximum(t.size, torch.hypot(alpha, beta))
+        alpha = torch.where(alpha <= self.eps * t.size, 0.0, alpha)
+        V *= _reciprocal(alpha)
+
+        # QR of the bidiagonal, then QR of the transpose of its factor
+        rho = torch.hypot(t.alpha_bar, beta)
+        c, s = t.alpha_bar * _reciprocal(rho), beta * _reciprocal(rho)
+        theta = s * alpha
+        theta_bar = t.s_bar * rho
+        rho_bar = torch.hypot(t.c_bar * rho, theta)
+        # no singular value of A is this small: the direction is rounding
+        flat = (rho <= self.eps * t.size) | (rho_bar <= self.eps * t.size)
+        t.halt = torch.where(flat, BREAKDOWN, GO)
+        c_bar = t.c_bar * rho * _reciprocal(rho_bar)
+        s_bar = theta * _reciprocal(rho_bar)
+        zeta = torch.where(flat, 0.0, c_bar * t.zeta_bar)
+
+        t.H_bar = t.H - (theta_bar * rho * _reciprocal(t.rho * t.rho_bar)) * t.H_bar
+        t.X.addcmul_(t.H_bar, zeta * _reciprocal(rho * rho_bar))
+        t.H = V - (theta * _reciprocal(rho)) * t.H
+        t.zeta_bar = torch.where(flat, t.zeta_bar, -s_bar * t.zeta_bar)
+        t.error = t.zeta_bar.abs()
+        t.U, t.V, t.alpha, t.alpha_bar = U, V, alpha, c * alpha
+        t.rho, t.rho_bar, t.c_bar, t.s_bar = rho, rho_bar, c_bar, s_bar
+
+    def floor(self, state: _State) -> Tensor:
+        return self.scale * (super().floor(state) + 8 * self.eps * state.rest)
+
+    def _forward(self, V: Tensor) -> Tensor:
+        AV = self.multiply(V)
+        return torch.cat([AV, self.root * V]) if self.root else AV
+
+    def _back(self, U: Tensor) -> Tensor:
+        m = self.A.shape[0]
+        self.products += U.shape[1]
+        AU: Tensor = self.A.T @ U[:m]
+        return AU + self.root * U[m:] if self.root else AU
+
+
+def _reciprocal(values: Tensor) -> Tensor:
+    """``1 / values``, and 0 for 0."""
+    return torch.where(values == 0, 0.0, 1 / torch.where(values == 0, 1.0, values))

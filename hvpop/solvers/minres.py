@@ -1,0 +1,168 @@
+"""Minimal residuals for symmetric systems that may be indefinite or singular, in lock-step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import checks, lockstep
+from .lockstep import BREAKDOWN, GO
+from .results import Callback, SolveResult
+
+
+def minres(
+    A: LinearOperator,
+    b: Tensor,
+    *,
+    x0: Tensor | None = None,
+    preconditioner: LinearOperator | None = None,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_steps: int | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> SolveResult:
+    """Solve ``A x = b`` for a symmetric ``A``, indefinite or singular, by minimal residuals.
+
+    The arguments, the sharing of passes and the statuses are those of `cg`, without "negative
+    curvature". A singular system is solved if ``b`` is in the range of ``A``; otherwise the status is
+    "stagnated" and, without a preconditioner, ``x`` minimises ``|b - A x|``.
+
+    Notes
+    -----
+    C. C. Paige, M. A. Saunders (1975). The preconditioner must be positive definite even where ``A``
+    is not. Memory: ten blocks ``(n, k)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Diagonal
+    >>> from hvpop.solvers import minres
+    >>> A = Diagonal(torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64))
+    >>> minres(A, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)).x
+    tensor([ 1.0000, -0.5000,  0.0000], dtype=torch.float64)
+    >>> minres(A, torch.ones(3, dtype=torch.float64)).status  # nothing solves 0 x = 1
+    ('stagnated',)
+    """
+    checks.symmetric("minres", A)
+    checks.limits("minres", rtol, atol, max_steps)
+    B = checks.columns("minres", A, b)
+    X0 = checks.start("minres", A, b, x0)
+    M = checks.preconditioner("minres", A, preconditioner)
+    return lockstep.solve(
+        _MinimalResiduals(A.linearize(), M),
+        b,
+        B,
+        X0,
+        rtol=rtol,
+        atol=atol,
+        max_steps=10 * A.shape[0] if max_steps is None else max_steps,
+        callback=callback,
+        progress=progress,
+    )
+
+
+@dataclass
+class _State(lockstep.State):
+    X_start: Tensor  # (n, k)
+    R: Tensor  # (n, k), residuals
+    Q: Tensor  # (n, k), Lanczos vectors, orthonormal in the inner product of M
+    Q_last: Tensor  # (n, k)
+    Z: Tensor  # (n, k), M Q
+    D: Tensor  # (n, k), the last two columns of Z R^-1 for the triangular factor R
+    D_last: Tensor  # (n, k)
+    beta: Tensor  # (k,), the off-diagonal of T that leads to Q
+    phi: Tensor  # (k,), |r| in the norm of M
+    c: Tensor  # (k,), the last two plane rotations
+    s: Tensor  # (k,)
+    c_last: Tensor  # (k,)
+    s_last: Tensor  # (k,)
+    size: Tensor  # (k,), of T as far as it is known
+
+
+class _MinimalResiduals(lockstep.Recurrence[_State]):
+    who = "minres"
+
+    def __init__(self, A: LinearOperator, M: LinearOperator | None) -> None:
+        super().__init__(A)
+        self.M = M
+
+    def start(self, B: Tensor, X: Tensor | None) -> _State:
+        R = self.residual(B, X)
+        Z, phi = self._precondition(R)
+        none, zero, one = torch.zeros_like(R), torch.zeros_like(phi), torch.ones_like(phi)
+        scale = _reciprocal(phi)
+        return _State(
+            X=none.clone() if X is None else X,
+            X_start=none.clone() if X is None else X.clone(),
+            error=torch.linalg.vector_norm(R, dim=0),
+            halt=torch.full_like(phi, GO, dtype=torch.long),
+            R=R,
+            Q=R * scale,
+            Q_last=none.clone(),
+            Z=Z * scale,
+            D=none.clone(),
+            D_last=none,
+            beta=zero.clone(),
+            phi=phi,
+            c=one.clone(),
+            s=zero.clone(),
+            c_last=one,
+            s_last=zero.clone(),
+            size=zero,
+        )
+
+    def step(self, t: _State) -> None:
+        # Lanczos: one more column of T
+        Y = self.multiply(t.Z)
+        alpha = torch.linalg.vecdot(t.Z, Y, dim=0)
+        Y.addcmul_(t.Q, alpha, value=-1).addcmul_(t.Q_last, t.beta, value=-1)
+        MY, beta = self._precondition(Y)
+        t.size = torch.maximum(t.size, torch.hypot(torch.hypot(t.beta, alpha), beta))
+        beta = torch.where(beta <= self.eps * t.size, 0.0, beta)
+        scale = _reciprocal(beta)
+        Q, Z = Y * scale, MY * scale
+
+        # the two rotations before act on that column, then a new one removes its last entry
+        epsilon = t.s_last * t.beta
+        delta = t.s * alpha + t.c * t.c_last * t.beta
+        gamma_bar = t.c * alpha - t.s * t.c_last * t.beta
+        gamma = torch.hypot(gamma_bar, beta)
+
+        # |A r| / |r| before this step: where it is nothing but rounding, no step reduces the residual
+        slope = torch.hypot(gamma_bar, t.c * beta)
+        moved = torch.linalg.vector_norm(t.X - t.X_start, dim=0)
+        growth = 1 + t.size * moved * _reciprocal(t.error)
+        flat = (slope <= 4 * self.eps * t.size * growth) | (gamma == 0)
+        t.halt = torch.where(flat, BREAKDOWN, GO)
+
+        inverse = torch.where(flat, 0.0, _reciprocal(gamma))
+        c, s = gamma_bar * inverse, torch.where(flat, 1.0, beta * inverse)
+        D = (t.Z - delta * t.D - epsilon * t.D_last) * inverse
+        t.X.addcmul_(D, c * t.phi)
+        t.phi = -s * t.phi
+        t.R = torch.where(flat, t.R, s * s * t.R + (c * t.phi) * Q)
+        t.error = torch.linalg.vector_norm(t.R, dim=0)
+        t.Q_last, t.Q, t.Z, t.D_last, t.D, t.beta = t.Q, Q, Z, t.D, D, beta
+        t.c_last, t.s_last, t.c, t.s = t.c, t.s, c, s
+
+    def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
+        """``M R``, and the norms of ``R`` that it defines."""
+        if self.M is None:
+            return R, torch.linalg.vector_norm(R, dim=0)
+        Z = self.M @ R
+        square = torch.linalg.vecdot(R, Z, dim=0)
+        if bool((square < 0).any()):
+            raise ValueError(
+                f"minres({self.A!r}): its preconditioner {self.M!r} is not positive definite; "
+                "it has r'Mr < 0"
+            )
+        return Z, square.sqrt()
+
+
+def _reciprocal(values: Tensor) -> Tensor:
+    """``1 / values``, and 0 for 0."""
+    return torch.where(values == 0, 0.0, 1 / torch.where(values == 0, 1.0, values))

@@ -1,0 +1,157 @@
+"""Preconditioners: cheap operators close to the inverse of a symmetric positive definite one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..operators import Diagonal, LinearOperator
+from . import checks
+
+
+def jacobi(A: LinearOperator, samples: int = 32, *, seed: int = 0) -> Diagonal:
+    """The inverse of the diagonal of ``A``, which is estimated from random products.
+
+    Each of the ``samples`` products multiplies a vector of random signs. An entry is taken
+    as no smaller than its own standard error, so that the result is positive and noise cannot make
+    an entry of the preconditioner large.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Symmetric, with its damping: ``jacobi(Damped(H, c))``.
+    samples
+        How many products, in one block ``(n, samples)``; at least 2.
+    seed
+        Of the random signs; the same on every device.
+
+    Notes
+    -----
+    C. Bekas, E. Kokiopoulou, Y. Saad (2007). It helps where rows differ much in size, and does
+    little where the matrix is far from its diagonal, as most Hessians are: then use `nystrom`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Diagonal
+    >>> from hvpop.solvers import jacobi
+    >>> jacobi(Diagonal(torch.tensor([1.0, 4.0])), samples=2).d
+    tensor([1.0000, 0.2500])
+    """
+    checks.symmetric("jacobi", A, "no preconditioner here is for it")
+    if samples < 2:
+        raise ValueError(f"jacobi expects at least 2 samples, got {samples}")
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (A.shape[0], samples), generator=generator) * 2 - 1
+    V = signs.to(dtype=checks.working_dtype(A), device=A.device)
+    products = V * (A.linearize() @ V)
+    error, mean = torch.std_mean(products, dim=1)
+    d = torch.maximum(mean.abs(), error / math.sqrt(samples))
+    largest = d.max()
+    if not bool(largest.isfinite()):
+        raise FloatingPointError(f"jacobi({A!r}): the products are not finite")
+    smallest = largest * torch.finfo(d.dtype).eps
+    return Diagonal(1 / d.clamp_min(smallest) if bool(largest > 0) else torch.ones_like(d))
+
+
+class Nystrom(LinearOperator):
+    """The inverse of ``U diag(eigenvalues) U' + damping I``, up to a factor, where U is known.
+
+    On the span of ``U`` it undoes the eigenvalues; elsewhere it is the identity. Made by `nystrom`.
+
+    Attributes
+    ----------
+    eigenvalues : Tensor
+        ``(rank,)``, descending: those of the approximation of ``A``.
+    eigenvectors : Tensor
+        ``(n, rank)``, orthonormal.
+    damping : float
+    products : int
+        What it cost.
+    """
+
+    def __init__(
+        self, eigenvalues: Tensor, eigenvectors: Tensor, damping: float, products: int
+    ) -> None:
+        n = eigenvectors.shape[0]
+        super().__init__(
+            (n, n), dtype=eigenvectors.dtype, device=eigenvectors.device, symmetric=True
+        )
+        self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
+        self.damping, self.products = damping, products
+        weights = (eigenvalues[-1] + damping) / (eigenvalues + damping)
+        self._change = (weights - 1).unsqueeze(1)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        U = self.eigenvectors.to(V.dtype)
+        return V + U @ (self._change.to(V.dtype) * (U.T @ V))
+
+    def _label(self) -> str:
+        return f"Nystrom({self.eigenvalues.shape[0]}, damping={self.damping:g})"
+
+
+def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> Nystrom:
+    """A preconditioner for ``A + damping I`` from ``rank`` products with random vectors.
+
+    It removes the largest eigenvalues: what remains has a condition number of about
+    ``1 + (eigenvalue number rank) / damping``, so that a rank at which the last of its `eigenvalues` is
+    a few times the damping leaves little to do. The products pay when the eigenvalues decay, as those
+    of a Hessian do, and they pay once for all right-hand sides.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Symmetric positive semidefinite, WITHOUT the damping. Negative eigenvalues that the
+        damping outweighs (a Hessian near a minimum) are borne: the approximation is then that
+        of ``A`` shifted, and clipped at zero after shifting back.
+    rank
+        Between 1 and n: how many products, in one block ``(n, rank)``.
+    damping
+        Positive, uniform.
+    seed
+        Of the random vectors; the same on every device.
+
+    Notes
+    -----
+    Z. Frangella, J. A. Tropp, M. Udell (2023), "Randomized Nystrom preconditioning", algorithm 2.1
+    with its shift for stability. Beyond the products O(n rank^2) arithmetic.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Damped, Diagonal
+    >>> from hvpop.solvers import cg, nystrom
+    >>> A = Diagonal(2.0 ** -torch.arange(50, dtype=torch.float64))
+    >>> b = torch.ones(50, dtype=torch.float64)
+    >>> plain = cg(Damped(A, 1e-4), b)
+    >>> preconditioned = cg(Damped(A, 1e-4), b, preconditioner=nystrom(A, 15, 1e-4))
+    >>> preconditioned.steps < plain.steps / 3
+    True
+    """
+    checks.symmetric("nystrom", A, "no preconditioner here is for it")
+    n = A.shape[0]
+    if not 1 <= rank <= n:
+        raise ValueError(f"nystrom({A!r}) expects a rank between 1 and {n}, got {rank}")
+    if not 0 < damping < math.inf:
+        raise ValueError(f"nystrom expects a finite damping > 0, got {damping}")
+    dtype = checks.working_dtype(A)
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+    Omega = torch.linalg.qr(gaussian.to(dtype=dtype, device=A.device)).Q
+    Y: Tensor = A.linearize() @ Omega
+    if not bool(Y.isfinite().all()):
+        raise FloatingPointError(f"nystrom({A!r}): the products are not finite")
+    core = Omega.T @ Y
+    core = (core + core.T) / 2
+    shift = torch.finfo(dtype).eps * math.sqrt(n) * float(torch.linalg.matrix_norm(Y))
+    lowest = float(torch.linalg.eigvalsh(core)[0])
+    if lowest < 0:
+        shift = max(shift, damping, -2 * lowest)
+    shift = max(shift, torch.finfo(dtype).tiny)
+    Y += shift * Omega
+    L = torch.linalg.cholesky(core + shift * torch.eye(rank, dtype=dtype, device=A.device))
+    F = torch.linalg.solve_triangular(L, Y.T, upper=False).T  # F F' approximates A + shift I
+    U, sigma, _ = torch.linalg.svd(F, full_matrices=False)
+    return Nystrom((sigma.square() - shift).clamp_min(0), U, damping, products=rank)

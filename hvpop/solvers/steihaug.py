@@ -1,0 +1,152 @@
+"""The step of a trust-region Newton method, by truncated conjugate gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import checks
+from .progress import Bar
+from .results import Callback, SteihaugResult, Step
+
+
+def steihaug(
+    A: LinearOperator,
+    g: Tensor,
+    radius: float,
+    *,
+    preconditioner: LinearOperator | None = None,
+    rtol: float = 0.1,
+    atol: float = 0.0,
+    max_steps: int | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> SteihaugResult:
+    """Minimise ``g's + s'As / 2`` within ``|s| <= radius``, approximately.
+
+    Conjugate gradients from ``s = 0`` that follow the direction at hand to the boundary as soon as a
+    step would leave the region or the direction has no positive curvature. The step is never worse
+    than the best multiple of ``-g`` (of ``-Mg`` with a preconditioner ``M``), whatever ``A``.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Symmetric, order n; linearized here.
+    g : Tensor
+        The gradient, ``(n,)``.
+    radius
+        Positive. With a preconditioner ``M`` the length of s is ``sqrt(s' M^-1 s)``.
+    rtol, atol
+        Inside the region it stops when ``|g + A s| <= max(rtol * |g|, atol)``, by recurrence: a
+        trust-region method needs no more. For superlinear convergence let ``rtol`` fall with ``|g|``.
+    max_steps
+        n by default.
+    preconditioner, callback, progress
+        As in `cg`.
+
+    Returns
+    -------
+    SteihaugResult
+        "converged" (inside), "boundary", "negative curvature" (on the boundary, with the unit
+        `direction` ``d``, ``d'Ad <= 0``), "max steps" or "interrupted".
+
+    Notes
+    -----
+    T. Steihaug (1983); the norms in the preconditioner's metric as in A. R. Conn, N. I. M. Gould,
+    P. L. Toint (2000), algorithm 7.5.1. One product per step and no other; five vectors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Diagonal
+    >>> from hvpop.solvers import steihaug
+    >>> A = Diagonal(torch.tensor([1.0, -1.0], dtype=torch.float64))
+    >>> g = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    >>> result = steihaug(A, g, 2.0)
+    >>> result.step, result.status, result.decrease
+    (tensor([ 0., -2.], dtype=torch.float64), 'negative curvature', 4.0)
+    """
+    checks.symmetric("steihaug", A, "the model s'As sees only its symmetric part")
+    checks.limits("steihaug", rtol, atol, max_steps)
+    if isinstance(g, Tensor) and g.ndim != 1:
+        raise ValueError(
+            f"steihaug expects one gradient of shape ({A.shape[0]},), got {tuple(g.shape)}"
+        )
+    r = checks.columns("steihaug", A, g, "g").squeeze(1).clone()
+    M = checks.preconditioner("steihaug", A, preconditioner)
+    if not 0 < radius < math.inf:
+        raise ValueError(f"steihaug expects a finite radius > 0, got {radius}")
+    A = A.linearize()
+    limit = A.shape[0] if max_steps is None else max_steps
+
+    g = r.clone()
+    s = torch.zeros_like(r)
+    z, rho = _precondition(A, M, r)
+    p = -z
+    ss, sp, pp = 0.0, 0.0, rho  # products in the metric of the region
+    history = [float(r.norm())]
+    target = max(rtol * history[0], atol)
+    status, direction, steps = "max steps", None, 0
+    bar = Bar("steihaug", progress)
+    try:
+        while history[-1] > target and steps < limit:
+            Ap: Tensor = A @ p
+            steps += 1
+            curvature = float(p @ Ap)
+            if not math.isfinite(curvature):
+                raise FloatingPointError(f"steihaug({A!r}): product {steps} is not finite")
+            alpha = rho / curvature if curvature > 0 else math.inf
+            tau = _to_boundary(ss, sp, pp, radius)
+            if alpha >= tau:
+                s, r, ss = s + tau * p, r + tau * Ap, radius**2
+                history.append(float(r.norm()))
+                status = "boundary" if curvature > 0 else "negative curvature"
+                direction = None if curvature > 0 else p / p.norm()
+                break
+            s, r = s + alpha * p, r + alpha * Ap
+            z, rho_next = _precondition(A, M, r)
+            beta, rho = rho_next / rho, rho_next
+            ss, sp = ss + 2 * alpha * sp + alpha**2 * pp, beta * (sp + alpha * pp) - float(s @ r)
+            p, pp = beta * p - z, rho + beta**2 * pp
+            history.append(float(r.norm()))
+            bar.update(f"residual {history[-1]:.2e} (target {target:.2e}), length {ss**0.5:.2e}")
+            if callback is not None and callback(Step(steps, s, r.norm().reshape(1), steps)):
+                status = "interrupted"
+                break
+        else:
+            status = "converged" if history[-1] <= target else "max steps"
+    except KeyboardInterrupt:
+        r, status = g + A @ s, "interrupted"  # s and r may be one step apart
+    finally:
+        bar.close()
+    return SteihaugResult(
+        step=s,
+        status=status,  # type: ignore[arg-type]
+        decrease=-0.5 * float(s @ (g + r)),
+        norm=math.sqrt(ss),
+        residual_norm=history[-1],
+        history=torch.tensor(history, dtype=torch.float64),
+        steps=steps,
+        products=steps,
+        direction=direction,
+    )
+
+
+def _to_boundary(ss: float, sp: float, pp: float, radius: float) -> float:
+    """The positive ``tau`` with ``|s + tau p| = radius``, without cancellation."""
+    gap = max(radius**2 - ss, 0.0)
+    root = math.sqrt(sp**2 + pp * gap)
+    return gap / (sp + root) if sp > 0 else (root - sp) / pp
+
+
+def _precondition(A: LinearOperator, M: LinearOperator | None, r: Tensor) -> tuple[Tensor, float]:
+    z: Tensor = r if M is None else M @ r
+    rho = float(r @ z)
+    if rho < 0:
+        raise ValueError(
+            f"steihaug({A!r}): its preconditioner {M!r} is not positive definite; it has r'Mr < 0"
+        )
+    return z, rho

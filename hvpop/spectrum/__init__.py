@@ -1,0 +1,1 @@
+from .eigsh import eigsh

@@ -1,0 +1,121 @@
+"""The loop that every long computation runs in: budget, progress, Ctrl-C, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from ..operators import LinearOperator
+from .checkpoint import Checkpoint
+from .results import Status
+
+
+class State(Protocol):
+    """What a computation knows after some products: never changed, only followed by the next."""
+
+    @property
+    def products(self) -> int:
+        """Products taken so far."""
+        ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class Task(ABC, Generic[S]):
+    """A computation cut into steps, each of which leaves a state that can be read and saved.
+
+    A step builds the next state from the last one and writes to nothing that the last one uses, so
+    that an interrupted step is as if it had not begun.
+    """
+
+    name: str
+    A: LinearOperator
+
+    @abstractmethod
+    def start(self) -> S:
+        """The state before the first product."""
+
+    @abstractmethod
+    def price(self, state: S) -> int:
+        """How many products the smallest possible next step takes."""
+
+    @abstractmethod
+    def advance(self, state: S, left: int) -> S:
+        """The next state, for at most ``left`` products."""
+
+    @abstractmethod
+    def verdict(self, state: S) -> Status | None:
+        """How it ended, or None if there is more to do."""
+
+    @abstractmethod
+    def report(self, state: S) -> str:
+        """What a user wants to see while waiting."""
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """What a checkpoint must agree on."""
+
+    def pack(self, state: S) -> dict[str, Any]:
+        """The state as a dictionary of tensors and plain values."""
+        fields = dataclasses.fields(state)  # type: ignore[arg-type]
+        return {field.name: getattr(state, field.name) for field in fields}
+
+    @abstractmethod
+    def unpack(self, saved: Mapping[str, Any]) -> S:
+        """The inverse of `pack`."""
+
+
+def run(
+    task: Task[S],
+    *,
+    max_products: int,
+    progress: bool,
+    checkpoint: str | os.PathLike[str] | None,
+) -> tuple[S, Status]:
+    """The state where ``task`` ends, and how it ended; raises what a product raises."""
+    file, state = None, None
+    if checkpoint is not None:
+        file = Checkpoint(checkpoint, task.name, task.A, task.settings())
+        saved = file.load()
+        state = None if saved is None else task.unpack(saved)
+    if state is None:
+        state = task.start()
+    status: Status
+    bar = _bar(task.name, max_products) if progress else None
+    try:
+        with torch.no_grad():
+            while (verdict := task.verdict(state)) is None:
+                left = max_products - state.products
+                if left < task.price(state):
+                    break
+                before, state = state.products, task.advance(state, left)
+                if bar is not None:
+                    bar.set_postfix_str(task.report(state), refresh=False)
+                    bar.update(state.products - before)
+                if file is not None and file.due():
+                    file.save(task.pack(state))
+        status = "max products" if verdict is None else verdict
+    except KeyboardInterrupt:
+        if state.products == 0:
+            raise  # there is nothing to return
+        status = "interrupted"
+    finally:
+        if bar is not None:
+            bar.close()
+        if file is not None and state.products > 0:
+            file.save(task.pack(state))
+    return state, status
+
+
+def _bar(name: str, total: int) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    return tqdm(desc=name, total=total, unit=" products")

@@ -1,0 +1,49 @@
+"""What every function here does first: check its operator, and make it ready for many products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..operators import LinearOperator
+
+
+def symmetric(who: str, A: Any) -> LinearOperator:
+    """``A`` linearized, or an error that says why ``who`` cannot use it."""
+    A = operator(who, A)
+    if not A.symmetric:
+        raise ValueError(f"{who} expects a symmetric operator, got {A!r} with symmetric=False")
+    return A
+
+
+def square(who: str, A: Any) -> LinearOperator:
+    """``A`` linearized, or an error if it is not square."""
+    A = operator(who, A)
+    if A.shape[0] != A.shape[1]:
+        raise ValueError(f"{who} expects a square operator, got {A!r}")
+    return A
+
+
+def operator(who: str, A: Any) -> LinearOperator:
+    """``A`` linearized, or an error if it is no hvpop operator."""
+    if not isinstance(A, LinearOperator):
+        raise TypeError(
+            f"{who} expects an hvpop.LinearOperator, got {type(A).__name__}; "
+            "wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
+        )
+    if 0 in A.shape:
+        raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
+    return A.linearize()
+
+
+def working_dtype(A: LinearOperator) -> torch.dtype:
+    """What to compute in: the operator's dtype, float32 for half precision."""
+    return torch.promote_types(A.torch_dtype, torch.float32)
+
+
+def positive(who: str, **numbers: int | float | None) -> None:
+    """Refuse arguments that are not positive; None passes."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{who} expects {name} > 0, got {name}={number!r}")

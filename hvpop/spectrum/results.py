@@ -1,0 +1,103 @@
+"""What the spectral functions return: frozen values with their error, their price and how they ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Status = Literal["converged", "max products", "stagnated", "interrupted"]
+"""How a computation ended.
+
+"converged": the error is at most what was asked; "max products": the budget is spent;
+"stagnated": rounding allows no smaller error; "interrupted": Ctrl-C, this is what there was.
+"""
+
+
+@dataclass(frozen=True, repr=False)
+class Eigenpairs:
+    """Eigenvalues in ascending order with their vectors and residuals, from `eigsh`."""
+
+    eigenvalues: Tensor  # (k,)
+    eigenvectors: Tensor  # (n, k), orthonormal columns
+    residuals: Tensor  # (k,), the norms of A v - lambda v, from products that were really taken
+    products: int  # of A with one vector
+    status: Status
+    history: tuple[tuple[int, float], ...] = field(default=())  # (products, largest residual)
+
+    def __repr__(self) -> str:
+        k = self.eigenvalues.shape[0]
+        if k == 0:
+            return f"<no eigenpairs, {self.products} products, {self.status}>"
+        first, last = self.eigenvalues[0].item(), self.eigenvalues[-1].item()
+        return (
+            f"<{k} eigenpairs, {first:.4g} to {last:.4g}, residuals up to "
+            f"{self.residuals.max().item():.1e}, {self.products} products, {self.status}>"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate:
+    """A number with its error."""
+
+    value: float
+    standard_error: float
+    low: float  # the ends of the 95 % confidence interval
+    high: float
+    products: int  # of A or A' with one vector
+    status: Status
+    history: tuple[tuple[int, float, float], ...] = field(default=())  # (products, value, error)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.value:.6g}, 95 % in [{self.low:.6g}, {self.high:.6g}], "
+            f"{self.products} products, {self.status}>"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class DiagonalEstimate:
+    """A diagonal with the error of every entry."""
+
+    value: Tensor  # (n,)
+    standard_error: Tensor  # (n,)
+    low: Tensor  # (n,), the ends of the 95 % confidence interval of each entry
+    high: Tensor  # (n,)
+    products: int
+    status: Status
+    history: tuple[tuple[int, float, float], ...] = field(default=())  # (products, norm, error)
+
+    def __repr__(self) -> str:
+        error = (self.high - self.low).norm() / 2
+        return (
+            f"<diagonal of {self.value.shape[0]} entries, norm {self.value.norm().item():.4g} "
+            f"+- {error.item():.1e}, {self.products} products, {self.status}>"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Density:
+    """The density of the eigenvalues, smoothed by a Gaussian of standard deviation `width`."""
+
+    grid: Tensor  # (g,), eigenvalues
+    value: Tensor  # (g,), the density there; it integrates to one
+    standard_error: Tensor  # (g,)
+    low: Tensor  # (g,), the pointwise 95 % confidence band
+    high: Tensor  # (g,)
+    nodes: Tensor  # (steps, probes), where the quadrature of each probe sits ...
+    weights: Tensor  # (steps, probes), ... and how much it puts there; columns sum to one
+    width: float
+    order: int  # n, the number of eigenvalues
+    products: int
+    status: Status
+
+    def __repr__(self) -> str:
+        return (
+            f"<density of {self.order} eigenvalues from {self.grid[0].item():.4g} to "
+            f"{self.grid[-1].item():.4g}, {self.nodes.shape[1]} probes of {self.nodes.shape[0]} "
+            f"steps, {self.products} products, {self.status}>"
+        )

@@ -1,0 +1,98 @@
+"""What a strategy is: something that turns (scalar function, point) into the linear map v -> H v."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""A point, a direction or a product: parameter name -> tensor."""
+
+ScalarFunction = Callable[..., Tensor]
+"""``fn(params, *args)`` -> 0-dim tensor; only ``params`` is differentiated."""
+
+
+class LinearMap(ABC):
+    """The Hessian of one scalar function at one point, known by its products.
+
+    A map holds whatever does not depend on ``v``, for as long as it lives.
+    """
+
+    @abstractmethod
+    def __call__(self, v: Params) -> Params:
+        """``H v``: tensors shaped like the parameters, in and out."""
+
+    def columns(self, V: Params) -> Params:
+        """``H V`` for k columns: tensors of shape ``(k, *parameter.shape)``, in and out."""
+        k = next(iter(V.values())).shape[0]
+        products = [self({name: column[j] for name, column in V.items()}) for j in range(k)]
+        return {name: torch.stack([product[name] for product in products]) for name in V}
+
+
+class HVPStrategy(ABC):
+    """How to differentiate twice.
+
+    A strategy is stateless towards its users: `linearize` may be called for any number of
+    functions, points and batches. Subclass it, return a `LinearMap`, and pass an instance as
+    ``strategy=`` to any operator of `hvpop.curvature`.
+    """
+
+    @abstractmethod
+    def linearize(
+        self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
+    ) -> LinearMap:
+        """The map ``v -> H v`` of ``fn(params, *args)`` at ``params``.
+
+        Parameters
+        ----------
+        fn
+            Returns a 0-dim tensor. Called under grad mode, any number of times.
+        params
+            The point; never written to. Not copied either: it must stay as it is while the map lives.
+        *args
+            Data (tensors, nested containers), not differentiated.
+        differentiable
+            Return products that autograd can differentiate again with respect to ``params``.
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+@contextmanager
+def grad_enabled() -> Iterator[None]:
+    """Grad mode on and autocast off, whatever the caller is in (``inference_mode`` included)."""
+    autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast:
+        yield
+        return
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        for device in autocast:  # would make the products bf16-accurate
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def leaves(params: Params, *, differentiable: bool) -> Params:
+    """The tensors to differentiate by: ``params`` themselves if the result must reach back to them."""
+    if differentiable:
+        return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+    return {n: plain(p).detach().requires_grad_() for n, p in params.items()}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it was made under ``inference_mode`` (autograd refuses to save those)."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def filled(names: Params, results: tuple[Tensor | None, ...], k: int | None = None) -> Params:
+    """Results by name; a parameter that the function does not reach gets zeros."""
+    return {
+        name: like.new_zeros(like.shape if k is None else (k, *like.shape))
+        if result is None
+        else (result.to_dense() if result.is_sparse else result)
+        for (name, like), result in zip(names.items(), results, strict=True)
+    }

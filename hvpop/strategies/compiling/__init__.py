@@ -1,0 +1,1 @@
+"""Graphs: a product traced into ATen operations, simplified, split and made cheap to repeat."""

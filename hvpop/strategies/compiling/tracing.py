@@ -1,0 +1,51 @@
+"""Tracing: a function of tensors written down as a graph of pure ATen operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+
+class Untraceable(Exception):
+    """The function has no graph that is right for every product; the message says why."""
+
+
+def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """``fn(*inputs)`` as a graph of ATen operations that write to none of their arguments.
+
+    Nothing is computed: the inputs stand for shapes, dtypes and strides only. Tensors that ``fn``
+    captures (a module's buffers, constants) become attributes of the graph, by reference.
+
+    Raises
+    ------
+    Untraceable
+        If the graph draws random numbers, or writes to something that outlives one call.
+    """
+    graph_module = _pure(fn, inputs)
+    if any(_mutable(node) for node in graph_module.graph.nodes):
+        # In-place operations on temporaries become plain ones; others survive this, and are refused.
+        graph_module = _pure(torch.func.functionalize(graph_module, remove="mutations"), inputs)
+    for node in graph_module.graph.nodes:
+        if _mutable(node):
+            raise Untraceable(f"{node.target} writes to an input or to a captured tensor")
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise Untraceable(f"{node.target} draws random numbers")
+    return graph_module
+
+
+def _pure(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    graph_module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

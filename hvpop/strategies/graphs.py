@@ -1,0 +1,85 @@
+"""Why a function cannot be differentiated twice: what torch's errors and graphs say, in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+
+class NoSecondDerivativeError(RuntimeError):
+    """A strategy met an op that it cannot differentiate twice."""
+
+
+class OnceDifferentiableError(NoSecondDerivativeError):
+    """The function contains an ``autograd.Function`` whose author ruled out a second derivative."""
+
+
+_MISSING = (
+    (r"derivative for aten::(\S+) is not implemented", "the op {} has no double backward"),
+    (r"the derivative for '(\S+)' is not implemented", "the op {} has no derivative"),
+    (r"forward AD with (\S+?),? (?:that|because|but)", "the op {} has no forward-mode derivative"),
+    (r"ZeroTensors are immutable", "an op writes into a forward-mode zero"),
+    (r"must implement the jvp", "a custom autograd.Function has no jvp"),
+    (r"does not currently support double backward", "compiled code has no double backward"),
+    (r"Cannot access data pointer of Tensor", "an op needs tensors with memory of their own"),
+    (r"once_differentiable", "a custom autograd.Function is once_differentiable"),
+)
+
+
+@contextmanager
+def explained(strategy: object) -> Iterator[None]:
+    """Turn torch's complaints about missing derivatives into a `NoSecondDerivativeError`."""
+    try:
+        yield
+    except NoSecondDerivativeError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        reason = why_missing(error)
+        if reason is None:
+            raise
+        raise NoSecondDerivativeError(f"{strategy!r}: {reason}; {_HINT}") from error
+
+
+def why_missing(error: Exception) -> str | None:
+    """What derivative is missing according to an error of torch's; None if it is about other things."""
+    for pattern, words in _MISSING:
+        found = re.search(pattern, str(error))
+        if found:
+            return words.format(*found.groups())
+    return None
+
+
+def check_gradient(strategy: object, gradient: Iterable[Tensor]) -> None:
+    """Refuse a gradient whose graph has nodes that would drop a part of the second derivative.
+
+    ``autograd.grad`` raises nothing at a ``once_differentiable`` Function: the node that would
+    raise leads nowhere, so the pass goes around it. It has to be looked for.
+    """
+    for node in nodes_of(gradient):
+        if type(node).__name__ == "Error":
+            raise OnceDifferentiableError(
+                f"{strategy!r}: a custom autograd.Function is once_differentiable, so its second "
+                f"derivative is not defined; strategy=FiniteDifference() ignores that"
+            )
+
+
+def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph behind some tensors, once."""
+    stack: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+_HINT = (
+    "strategy=FiniteDifference() needs first derivatives only; strategy=None falls back by itself"
+)
