@@ -8,7 +8,7 @@ import torch
 
 from ..risk import Term
 from ..strategies import HVPStrategy, Params
-from .space import products
+from .space import columns_in, products
 
 
 def culprit(
@@ -34,14 +34,14 @@ def _in_term(
     with torch.inference_mode(False), torch.enable_grad():
         loss = term.function(leaves, state, *term.data)
         if not loss.isfinite():
-            return f"the loss is {float(loss)}"
+            return f"the loss is {loss.item()}"
         gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, gradient, strict=True):
         if g is not None and not g.isfinite().all():
             return f"the gradient of {name} is not finite"
     linear = strategy.linearize(term.function, point, state, *term.data)
-    k = next(iter(columns.values())).shape[0]
-    for name, product in zip(point, products(linear, columns, k), strict=True):
+    computed = products(linear, columns, columns_in(columns))
+    for name, product in zip(point, computed, strict=True):
         if not product.isfinite().all():
             return (
                 f"the second derivative is not finite at {name}, although loss and gradient are: "

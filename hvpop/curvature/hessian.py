@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import closing
 from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..operators import LinearOperator
@@ -96,6 +98,12 @@ class HessianOperator(LinearOperator):
         point = risk.parameters()
         self.layout = layout_of(point)
         dtype, device = space_of(point)
+        if dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"the products of a {dtype} model are accurate to two or three digits; "
+                "for more, build the operator on a copy of it in float32",
+                stacklevel=3,
+            )
         n = self.layout.size
         LinearOperator.__init__(self, (n, n), dtype=dtype, device=device, symmetric=True)
         self.risk = risk

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,13 @@ from torch import Tensor
 from ..operators import LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
-from ..strategies import HVPStrategy, Params, ReverseOverReverse
+from ..risk.merging import stacked
+from ..strategies import FirstThatWorks, HVPStrategy, Params
 from ..strategies.base import grad_enabled
 from .diagnosis import culprit
 from .memory import budget_in_bytes
 from .preparation import Preparation
-from .space import WeightedSum, from_point, layout_of, products, space_of, to_point
+from .space import WeightedSum, columns_in, from_point, layout_of, products, space_of, to_point
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ class LinearizedHessian(LinearOperator):
         self._passes = self._products = 0
         self._seconds = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs can be neither copied nor pickled; a copy prepares anew.
+        return self.__dict__ | {"_preparation": None}
+
     def is_current(self) -> bool:
         return self._live_risk.fingerprint() == self._fingerprint
 
@@ -103,7 +110,7 @@ class LinearizedHessian(LinearOperator):
             batches=len(prepared.terms),
             kept=sum(part.batches for part in prepared.parts if part.map is not None),
             parts=len(prepared.parts),
-            bytes=prepared.kept_bytes,
+            bytes=prepared.bytes,
             budget=self._budget,
             passes=self._passes,
             products=self._products,
@@ -113,63 +120,76 @@ class LinearizedHessian(LinearOperator):
     def _apply(self, V: Tensor) -> Tensor:
         start = time.perf_counter()
         columns = to_point(V, self.layout, self._point)
-        unproven = self._preparation is None
         with grad_enabled(), self.risk.policies:
-            prepared = self._prepared()
-            Y = self._product(prepared, columns, V)
-            if unproven:
-                Y = self._proven(prepared, columns, V, Y)
+            Y = from_point(self._product(self._prepared(), columns), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
             raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
-        self._passes += not prepared.complete
         self._products += V.shape[1]
         self._seconds += time.perf_counter() - start
         return Y
 
-    def _prepared(self) -> Preparation:
-        if self._preparation is None:
-            with grad_enabled(), self.risk.policies:
-                self._preparation = Preparation(
-                    self.risk, self.strategy, self._point, self._state, self._budget
-                )
-            self._passes += 1
-        return self._preparation
-
-    def _product(self, prepared: Preparation, columns: Params, V: Tensor) -> Tensor:
+    def _product(self, prepared: Preparation, columns: Params) -> list[Tensor]:
+        k = columns_in(columns)
         total = WeightedSum(self.risk.average.normalized)
         for part in prepared.parts:
             linear = part.map or prepared.linearized(part.term)
-            total.add(products(linear, columns, V.shape[1]), part.term.weight)
+            total.add(products(linear, columns, k), part.term.weight)
         for term in prepared.rest():
-            linear = prepared.linearized(term)
-            total.add(products(linear, columns, V.shape[1]), term.weight)
-        return from_point(total.result(), V)
+            total.add(products(prepared.linearized(term), columns, k), term.weight)
+        self._passes += not prepared.complete
+        return total.result()
 
-    def _proven(self, prepared: Preparation, columns: Params, V: Tensor, Y: Tensor) -> Tensor:
-        """The product, after batches run as one have been held against batches run one by one."""
-        if not prepared.joined:
-            return Y
-        first = {name: column[:1] for name, column in columns.items()}
+    def _prepared(self) -> Preparation:
+        if self._preparation is None:
+            with grad_enabled(), self.risk.policies:
+                self._preparation = self._prepare()
+            self._passes += 1
+        return self._preparation
+
+    def _prepare(self) -> Preparation:
+        """Run batches as one in the first way that gives the product of batches run one by one."""
+        prepared = Preparation(self.risk, self.strategy, self._point, self._state, self._budget)
+        joins = prepared.joins()
+        if joins:
+            probe = self._probe()
+            truth = self._truth(prepared, probe)
+        for join in joins:
+            with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
+                prepared.build(join)
+                if _agree(self._product(prepared, probe), truth):
+                    return prepared
+                if join is stacked:  # concatenation may be wrong, where samples see each other
+                    warnings.warn(_DISAGREES.format(self), stacklevel=2)
+        prepared.build(None)
+        return prepared
+
+    def _probe(self) -> Params:
+        generator = torch.Generator().manual_seed(self.risk.seed)
+        return {
+            name: torch.randn(1, *p.shape, generator=generator).to(p)
+            for name, p in self._point.items()
+        }
+
+    def _truth(self, prepared: Preparation, probe: Params) -> list[Tensor]:
+        """A product by the default strategy, batch by batch."""
+        chosen = self.strategy if isinstance(self.strategy, FirstThatWorks) else FirstThatWorks()
         total = WeightedSum(self.risk.average.normalized)
-        plain = ReverseOverReverse()
         for term in prepared.terms:
-            linear = plain.linearize(term.function, self._point, self._state, *term.data)
-            product = products(linear, first, 1)
-            total.add(product, term.weight)
-        truth = from_point(total.result(), V[:, :1])
-        while prepared.joined and not _agree(Y[:, :1], truth):
-            prepared.separate()
-            Y = self._product(prepared, columns, V)
-            if not prepared.joined:
-                warnings.warn(
-                    f"{self!r}: batches are run one by one, because run as one they gave another "
-                    "product: the loss couples samples, or they do not run along dimension 0",
-                    stacklevel=2,
-                )
-        return Y
+            linear = chosen.linearize(term.function, self._point, self._state, *term.data)
+            total.add(products(linear, probe, 1), term.weight)
+        return total.result()
 
 
-def _agree(y: Tensor, truth: Tensor) -> bool:
+_DISAGREES = (
+    "{!r}: batches are run one by one, because vectorized over they gave another product than by "
+    "themselves"
+)
+
+
+def _agree(products: list[Tensor], truth: list[Tensor]) -> bool:
     """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
-    return bool((y - truth).norm() <= 1000 * torch.finfo(y.dtype).eps * truth.norm())
+    error = sum(float((y - t).double().square().sum()) for y, t in zip(products, truth, strict=True))
+    scale = sum(float(t.double().square().sum()) for t in truth)
+    eps = max(torch.finfo(t.dtype).eps for t in truth)
+    return error**0.5 <= 1000 * eps * scale**0.5

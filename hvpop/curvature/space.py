@@ -76,6 +76,11 @@ def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     return torch.cat([p.reshape(k, -1).to(V) for p in products], dim=1).T
 
 
+def columns_in(columns: Params) -> int:
+    """How many columns a dict of tensors ``(k, *shape)`` stands for."""
+    return next(iter(columns.values())).shape[0]
+
+
 def products(linear: LinearMap, columns: Params, k: int) -> list[Tensor]:
     """``H V`` parameter by parameter; one column goes the strategies' shorter way."""
     if k == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,10 +18,9 @@ from .losses import BatchLoss, Loss, device_of, samples_in, scalar, supervised
 from .modules import Inventory, Selection, unwrapped
 from .policies import Seeded, TwiceDifferentiable, seed_tensor
 from .rewrites import Rewrites
+from .strays import Substitution, reaches_past
 
 Mode = Literal["batch", "full"]
-
-_COUPLING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class EmpiricalRisk:
         self._roots = {"": self.model}
         self._moved = 0
         self._rewrites = Rewrites()
+        self._checked_for_strays = self._has_strays = False
         self.policies = TwiceDifferentiable()
         self._inventory = Inventory(self._roots)
 
@@ -176,8 +177,21 @@ class EmpiricalRisk:
         """The loss of one batch at ``params``: a 0-dim tensor. The model is as before afterwards."""
         buffers = self._inventory.buffers
         private = {n: t.clone() if n in buffers else t for n, t in state.items()}
-        holding = self._inventory.holding(private | params)
-        with holding, self.policies, Seeded(seed), self._rewrites:
+        held = private | params
+        if not self._checked_for_strays:
+            self._checked_for_strays = True
+            value = self._evaluated(held, batch, seed)
+            self._has_strays = reaches_past(value, self._inventory.parameters)
+            if not self._has_strays:
+                return value
+        return self._evaluated(held, batch, seed)
+
+    def _evaluated(self, held: dict[str, Tensor], batch: Any, seed: Tensor | None) -> Tensor:
+        with ExitStack() as contexts:
+            for context in (self._inventory.holding(held), self.policies, Seeded(seed), self._rewrites):
+                contexts.enter_context(context)
+            if self._has_strays:
+                contexts.enter_context(Substitution(self._inventory.parameters, held))
             return scalar(self.batch_loss(self.model, batch))
 
     def total(
@@ -209,11 +223,13 @@ class EmpiricalRisk:
         """Whether the user holds all batches anyway, where they are needed."""
         return self._data.in_memory and self._moved == 0
 
-    def couples_samples(self) -> bool:
-        """Whether a layer makes the loss of a sample depend on the others or on chance."""
-        return any(
-            module.training and isinstance(module, _COUPLING) for module in self._inventory.modules
-        )
+    def is_random(self, term: Term) -> bool:
+        """Whether a batch's loss draws random numbers (dropout, sampling): one forward pass."""
+        batch, seed = term.data
+        with Seeded(seed):
+            before = torch.get_rng_state()
+            self.loss(self.parameters(), self.state(), batch, None)
+            return not torch.equal(before, torch.get_rng_state())
 
     # -- freezing ---------------------------------------------------------------------------------
 

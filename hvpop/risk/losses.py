@@ -123,10 +123,17 @@ class hugging_face:  # noqa: N801
             return samples_in(batch)
         if labels.is_floating_point():
             return float(labels.numel())
-        if getattr(model, "loss_type", None) == "ForCausalLM":
-            encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-            labels = labels if encoder_decoder or labels.ndim < 2 else labels[..., 1:]
+        if labels.ndim > 1 and _predicts_next_tokens(model):
+            labels = labels[..., 1:]
         return float((labels != -100).sum())
+
+
+def _predicts_next_tokens(model: nn.Module) -> bool:
+    """Whether the model shifts its labels by one: a decoder with a language modelling head."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    causal = getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+    return causal or type(model).__name__.endswith("LMHeadModel")
 
 
 def samples_in(batch: Any) -> float:

@@ -18,6 +18,23 @@ class OnceDifferentiableError(NoSecondDerivativeError):
     """The function contains an ``autograd.Function`` whose author ruled out a second derivative."""
 
 
+class NoDerivativeError(RuntimeError):
+    """A model meets an op that has not even a first derivative here; the message says the way out."""
+
+
+_HOPELESS = (
+    (
+        r"FlexAttention does not support backward on CPU",
+        "FlexAttention has no derivatives on the CPU: "
+        'build the model with attn_implementation="sdpa" or "eager"',
+    ),
+    (
+        r"Expected mat_a to be Float32",
+        "grouped matrix products of experts exist in float32 only: convert the model with .float(), "
+        'or call model.set_experts_implementation("eager")',
+    ),
+)
+
 _MISSING = (
     (r"derivative for aten::(\S+) is not implemented", "the op {} has no double backward"),
     (r"the derivative for '(\S+)' is not implemented", "the op {} has no derivative"),
@@ -25,7 +42,6 @@ _MISSING = (
     (r"ZeroTensors are immutable", "an op writes into a forward-mode zero"),
     (r"must implement the jvp", "a custom autograd.Function has no jvp"),
     (r"does not currently support double backward", "compiled code has no double backward"),
-    (r"Cannot access data pointer of Tensor", "an op needs tensors with memory of their own"),
     (r"once_differentiable", "a custom autograd.Function is once_differentiable"),
 )
 
@@ -35,9 +51,12 @@ def explained(strategy: object) -> Iterator[None]:
     """Turn torch's complaints about missing derivatives into a `NoSecondDerivativeError`."""
     try:
         yield
-    except NoSecondDerivativeError:
+    except (NoSecondDerivativeError, NoDerivativeError):
         raise
     except (RuntimeError, NotImplementedError) as error:
+        for pattern, words in _HOPELESS:
+            if re.search(pattern, str(error)):
+                raise NoDerivativeError(words) from error
         reason = why_missing(error)
         if reason is None:
             raise

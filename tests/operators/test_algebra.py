@@ -18,6 +18,7 @@ from hvpop import (
     BlockDiagonal,
     Damped,
     Dense,
+    Diagonal,
     FromFunction,
     Identity,
     LinearOperator,
@@ -82,6 +83,7 @@ def test_an_operator_without_parts_prints_as_its_repr() -> None:
         ((2 * A).T, False),
         (S @ S, True),
         (S @ Identity(4), False),
+        (A.T @ Dense(entries(3, 3)) @ A, False),
         (S + A.T @ A, True),
         (3 * S**2, True),
         (Damped(S, 1.0), True),
@@ -89,7 +91,7 @@ def test_an_operator_without_parts_prints_as_its_repr() -> None:
         (BlockDiagonal([S, A]), False),
         (S + Dense(entries(4, 4)), False),
     ],
-    ids=str,
+    ids=repr,
 )
 def test_symmetry_is_seen_where_the_structure_shows_it(
     operator: LinearOperator, expected: bool
@@ -107,6 +109,12 @@ def test_transposes_cancel() -> None:
 def test_sums_and_products_are_flat() -> None:
     assert len((S + S + (S + S)).parts) == 4
     assert len((S @ (S @ S) @ S).parts) == 4
+
+
+def test_to_dense_multiplies_in_blocks_that_fit_together() -> None:
+    d = entries(300)
+    assert torch.equal(Diagonal(d).to_dense(), d.diag())
+    assert torch.equal(Dense(entries(2, 300)).to_dense(), entries(2, 300))
 
 
 def test_sum_adds_operators() -> None:
@@ -136,15 +144,16 @@ def test_arrays_tensors_and_lists_multiply_from_the_left() -> None:
     assert isinstance(u.numpy() @ A, np.ndarray)
 
 
-def test_linearizing_keeps_shared_parts_shared() -> None:
+def test_linearizing_keeps_shared_parts_shared_and_the_rest() -> None:
     live = LiveDense(entries(4, 4))
-    frozen = (live + 2 * live.T @ live).linearize()
-    (first, product), tail = frozen.parts, frozen.parts[1].parts
-    scaled = tail[0] if tail[0].parts else tail[1]
-    assert first is tail[-1]
-    assert type(first) is Dense
-    assert scaled.parts[0].parts[0] is first
-    assert product.symmetric == (2 * live.T @ live).symmetric
+    shared = Damped(live, 0.1)
+    frozen = (live + shared + 2 * shared + S).linearize()
+    leaf, damped, scaled, untouched = frozen.parts
+    assert type(leaf) is Dense
+    assert damped.parts[0] is leaf
+    assert scaled.parts[0] is damped
+    assert untouched is S
+    assert type(shared.operator) is LiveDense
 
 
 def test_linearizing_what_has_nothing_to_prepare_returns_it() -> None:

@@ -113,6 +113,18 @@ def sdpa_grouped_queries() -> Problem:
     return least_squares(Grouped(), LENGTH, WIDTH)
 
 
+@case("flex_attention", refused="(?s)FlexAttention.*(sdpa|eager|scaled_dot_product)")
+def flex() -> Problem:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flexible(Fused):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.unsqueeze(1) for part in self.project(x).chunk(3, dim=-1))
+            return flex_attention(q, k, v)
+
+    return least_squares(Flexible(), LENGTH, WIDTH)
+
+
 @case("sdpa_under_users_kernel_choice")
 def sdpa_under_users_kernel_choice() -> Problem:
     from torch.nn.attention import SDPBackend, sdpa_kernel

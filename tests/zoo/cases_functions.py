@@ -1,15 +1,14 @@
-"""Cases: tensor functions inside a model: algebra, shapes, indexing, custom and inner derivatives."""
+"""Cases: tensor functions inside a model: algebra, elementwise, shapes and indexing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ingredients import Apply, least_squares, mlp, regression
+from .ingredients import Apply, least_squares
 from .registry import Problem, case
 
 Map = Callable[[Tensor], Tensor]
@@ -68,6 +67,11 @@ ALGEBRA: dict[str, Map] = {
     "linalg_svd": svd,
     "linalg_svdvals": lambda x: torch.linalg.svdvals(spread(x)),
     "linalg_eigh": eigh,
+    "linalg_eigvals": lambda x: torch.linalg.eigvals(spread(x) + 0.1 * x.view(-1, 3, 3)).abs(),
+    "linalg_lstsq": lambda x: torch.linalg.lstsq(near_identity(x), x.view(-1, 3, 3)).solution,
+    "lu_factor": lambda x: torch.linalg.lu_factor(near_identity(x))[0],
+    "multi_dot": lambda x: torch.linalg.multi_dot([x.T, x, x.T]).T,
+    "baddbmm": lambda x: torch.baddbmm(*[x.view(-1, 3, 3)] * 3),
     "linalg_eigvalsh": lambda x: torch.linalg.eigvalsh(spread(x)),
     "linalg_pinv": lambda x: torch.linalg.pinv(near_identity(x)),
     "matrix_exp": lambda x: torch.matrix_exp(0.5 * x.view(-1, 3, 3)),
@@ -117,6 +121,12 @@ ELEMENTWISE: dict[str, Map] = {
     "addcmul": lambda x: torch.addcmul(x, x.sin(), x.cos(), value=0.5),
     "lerp": lambda x: torch.lerp(x[:, :3], x[:, 3:6], x[:, 6:9].sigmoid()),
     "trapezoid": lambda x: torch.trapezoid(x.sin(), x.exp().cumsum(1), dim=1),
+    "normal_cdf": lambda x: torch.special.ndtr(x),
+    "log_normal_cdf": lambda x: torch.special.log_ndtr(x),
+    "incomplete_gamma": lambda x: torch.special.gammainc(torch.full_like(x, 1.5), x.exp()),
+    "bessel_i1": torch.special.i1,
+    "smooth_l1_elements": lambda x: F.smooth_l1_loss(x, x.sin(), reduction="none"),
+    "rrelu_of_one_slope": lambda x: F.rrelu(x, 0.2, 0.2),
     "polygamma": lambda x: torch.polygamma(1, x.exp() + 1),
 }
 
@@ -179,6 +189,18 @@ SHAPES: dict[str, Map] = {
     "sort": lambda x: x.sort(1).values * torch.arange(9) * x,
     "topk": lambda x: x.topk(3, 1).values ** 2,
     "median": lambda x: x.median(1).values * x.sum(1),
+    "kthvalue": lambda x: x.kthvalue(3, 1).values.exp(),
+    "cummax": lambda x: x.cummax(1).values * x,
+    "amin": lambda x: x.amin(1).exp(),
+    "to_sparse_and_back": lambda x: (x * x).to_sparse().to_dense(),
+    "grid_sample_3d": lambda x: F.grid_sample(
+        x[:, :8].reshape(-1, 1, 2, 2, 2),
+        0.5 * x[:, :3].tanh().view(-1, 1, 1, 1, 3),
+        align_corners=False,
+    ),
+    "grid_sample_bicubic": lambda x: F.grid_sample(
+        x.view(-1, 1, 3, 3), 0.5 * x[:, :8].tanh().view(-1, 2, 2, 2), "bicubic", align_corners=False
+    ),
     "max_with_indices": lambda x: x.max(1).values.exp(),
     "flip_roll_cat": lambda x: torch.cat([x.flip(1) * x, x.roll(2, 1)], 1),
     "as_strided": lambda x: x.contiguous().as_strided((len(x), 4, 3), (9, 2, 1)).square(),
@@ -212,186 +234,27 @@ for _name, _function in (ALGEBRA | ELEMENTWISE | SHAPES).items():
     case(_name)(lambda function=_function: between(function))
 
 
-# -- custom functions -----------------------------------------------------------------------------
+def segments(x: Tensor) -> Tensor:
+    lengths = torch.tensor([4, 5])
+    return torch.segment_reduce(x.T.contiguous(), "mean", lengths=lengths, axis=0).T
 
 
-class OldStyle(torch.autograd.Function):
-    """A cube with ``ctx`` in the forward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grads[0] * 3 * x**2
-
-
-class NewStyle(torch.autograd.Function):
-    """An exponential with ``setup_context``, that saves its output."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.exp()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return grads[0] * y
-
-
-class ForwardToo(NewStyle):
-    """One that knows its forward derivative as well."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return tangents[0] * y
-
-
-class BackwardIsAFunction(torch.autograd.Function):
-    """A sine whose backward is a custom function of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return CosineTimes.apply(grads[0], x)
-
-
-class CosineTimes(torch.autograd.Function):
-    """``g cos(x)``, with its derivative written out."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(g, x)
-        return g * x.cos()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        g, x = ctx.saved_tensors
-        return grads[0] * x.cos(), -grads[0] * g * x.sin()
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """A square whose backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * grads[0] * x
-
-
-FUNCTIONS: dict[str, Any] = {
-    "function_old_style": OldStyle,
-    "function_new_style": NewStyle,
-    "function_with_jvp": ForwardToo,
-    "function_with_custom_backward": BackwardIsAFunction,
-}
-for _name, _kind in FUNCTIONS.items():
-    case(_name)(lambda kind=_kind: between(kind.apply))
-case("function_once_differentiable", refused="once_differentiable")(
-    lambda: between(OnceDifferentiable.apply)
+# No double backward, no rewrite: differences of gradients, announced.
+case("segment_reduce", warns="segment_reduce", tolerance=1e-6, agreement=1e-6)(
+    lambda: between(segments)
 )
 
 
-# -- derivatives inside the model -----------------------------------------------------------------
+@torch.compile(backend="aot_eager")
+def compiled(x: Tensor) -> Tensor:
+    return x.sin() * x
 
 
-def pinn_residual(model: nn.Module, x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    u = model(x)
-    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
-    return (bend + u.sin() - x).square().mean()
+case("compiled_function_inside")(lambda: between(compiled))
 
 
-@case("physics_informed")
-def physics_informed() -> Problem:
-    data = [(x, y) for x, y in regression(1, outputs=(1,))]
-    return Problem(mlp(1, 5, 1), data, batch_loss=lambda m, batch: pinn_residual(m, batch[0]))
+def quantized(x: Tensor) -> Tensor:
+    return x * torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).double()
 
 
-@case("gradient_penalty")
-def gradient_penalty() -> Problem:
-    def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x = batch[0].requires_grad_()
-        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-        return (slope.norm(dim=1) - 1).square().mean() + model(batch[0]).mean()
-
-    data = [(x.clone(), y) for x, y in regression(4)]
-
-    def private(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return batch_loss(model, (batch[0].detach().clone(), batch[1]))
-
-    return Problem(mlp(4, 5, 1), data, batch_loss=private)
-
-
-@case("energy_and_forces")
-def energy_and_forces() -> Problem:
-    class Forces(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.energy = mlp(4, 5, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.enable_grad():
-                x = x.clone().requires_grad_()
-                energy = self.energy(x).sum()
-                return -torch.autograd.grad(energy, x, create_graph=True)[0]
-
-    return Problem(Forces(), regression(4, outputs=(4,)), nn.MSELoss())
-
-
-@case("forces_by_functorch")
-def forces_by_functorch() -> Problem:
-    class Forces(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.energy = mlp(4, 5, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            force: Tensor = torch.func.grad(lambda z: self.energy(z).sum())(x)
-            return force
-
-    return Problem(Forces(), regression(4, outputs=(4,)), nn.MSELoss())
-
-
-@case("inner_gradient_step")
-def inner_gradient_step() -> Problem:
-    class Maml(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.learner = mlp(4, 3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            start = dict(self.learner.named_parameters())
-            inner = torch.func.functional_call(self.learner, start, (x[:2],)).square().mean()
-            slopes = torch.autograd.grad(inner, list(start.values()), create_graph=True)
-            step = {n: p - 0.1 * g for (n, p), g in zip(start.items(), slopes, strict=True)}
-            return torch.func.functional_call(self.learner, step, (x,))
-
-    return Problem(Maml(), regression(4), nn.MSELoss())
+case("fake_quantized", reference="double backward", agreement=1e-6)(lambda: between(quantized))

@@ -177,6 +177,13 @@ PAIRS: dict[str, tuple[Build, str, str, dict[str, Any]]] = {
         "MambaConfig",
         Q | {"vocab_size": VOCABULARY, "hidden_size": 4, "state_size": 2, "num_hidden_layers": 1},
     ),
+    "mixtral": (
+        causal,
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        U | Q | KEYS | {"num_local_experts": 2, "num_experts_per_tok": 1,
+                        "experts_implementation": "eager"},
+    ),
     "bert_masked": (masked, "BertForMaskedLM", "BertConfig", U | Q),
     "bert": (classified, "BertForSequenceClassification", "BertConfig", U | Q),
     "roberta": (classified, "RobertaForSequenceClassification", "RobertaConfig", U | Q),

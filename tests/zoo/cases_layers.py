@@ -151,6 +151,9 @@ for _name, _make in EMBEDDINGS.items():
 for _name, _make in BAGS.items():
     case(_name)(partial(embedded, _make, bag=True))
 
+case("embedding_scaled_by_frequency", symmetric=False)(
+    partial(embedded, lambda: nn.Embedding(7, 2, scale_grad_by_freq=True))
+)
 # The gradient of the padding row is zero by definition: not the derivative of the loss.
 case("embedding_padding_idx", reference="double backward")(
     partial(embedded, lambda: nn.Embedding(7, 2, padding_idx=0))
@@ -159,10 +162,15 @@ case("embedding_bag_padding_idx")(
     # Padded entries are left out of the bag, so here the gradient is the derivative.
     partial(embedded, lambda: nn.EmbeddingBag(7, 3, mode="mean", padding_idx=0), bag=True)
 )
-# Renormalising writes to the user's weights in the forward.
-case("embedding_max_norm_active", refused="max_norm")(
-    partial(embedded, lambda: nn.Embedding(7, 2, max_norm=0.5))
-)
+
+
+@case("embedding_max_norm_active", reference="double backward")
+def embedding_max_norm_active() -> Problem:
+    """The forward scales the weights down in place: a step that gradients do not see."""
+    problem = embedded(lambda: nn.Embedding(7, 2, max_norm=0.5))
+    with torch.no_grad():
+        problem.model[0].weight.mul_(3.0)
+    return problem
 
 
 @case("embedding_bag_offsets_and_weights")

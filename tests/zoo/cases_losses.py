@@ -106,7 +106,8 @@ def criterion(
 
 
 for _name, (_make, _data, _last) in LOSSES.items():
-    case(f"{_name}_mean")(partial(criterion, _make, _data, _last, "mean"))
+    _warns = "batchmean" if _name.startswith("kl_div") else None  # torch's own advice
+    case(f"{_name}_mean", warns=_warns)(partial(criterion, _make, _data, _last, "mean"))
     case(f"{_name}_sum", total=True)(partial(criterion, _make, _data, _last, "sum"))
 case("kl_div_batchmean")(partial(criterion, nn.KLDivLoss, distributions, LOG, "batchmean"))
 

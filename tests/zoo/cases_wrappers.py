@@ -1,4 +1,4 @@
-"""Cases: models inside something else: compiled, scripted, parallel, averaged, checkpointed, hooked."""
+"""Cases: models that are compiled, scripted, parallel, averaged, checkpointed, hooked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches and scaffolds that the cases share: two batches of unequal size, models of few parameters."""
+"""Batches and scaffolds that the cases share: two unequal batches, few parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The truth: fourth-order differences of ``backward()`` gradients, trusting no second derivative."""
+"""The truth: fourth-order differences of ``backward()``, trusting no second derivative."""
 
 from __future__ import annotations
 
@@ -131,4 +131,4 @@ def _write(problem: Problem, point: list[Tensor], step: float, v: Tensor) -> Non
 def _flat(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
     parts = [t.to_dense() if t.is_sparse else t for t in tensors]
     real = [torch.view_as_real(t) if t.is_complex() else t for t in parts]
-    return torch.cat([t.reshape(-1).double() for t in real])
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(t.reshape(-1).double() for t in real)])

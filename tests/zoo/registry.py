@@ -79,6 +79,7 @@ class Case:
     warns: str | None = None  # regular expression of the documented warning
     reference: Reference = "difference"
     seed: int = 0  # of the build; another one where 0 puts a kink within the reference's reach
+    symmetric: bool = True  # not so where an op's backward is by definition no derivative
     total: bool = False  # sum the batches instead of averaging them
     caller: Callable[[], AbstractContextManager[Any]] = nullcontext  # where the user calls from
     tolerance: float = 1e-7  # relative, against the reference

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import random
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from hvpop.risk import SAMPLES, EmpiricalRisk, hugging_face
 
 from .reference import count, double_backward, finite_difference
 from .registry import CASES, Case, Problem
+from .untouched import leave_gradients, same, seen_of_the_user
 
 for _path in sorted(Path(__file__).parent.glob("cases_*.py")):
     try:
@@ -31,6 +30,8 @@ for _path in sorted(Path(__file__).parent.glob("cases_*.py")):
 ANSWERED = [case for case in CASES.values() if case.refused is None]
 REFUSED = [case for case in CASES.values() if case.refused is not None]
 COMPARED = [case for case in ANSWERED if case.reference != "laws"]
+COEFFICIENTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+ADVICE = "batches are run one by one"  # a warning about speed, that any model may get
 TRUSTED = 1e-8  # what two step sizes of the reference may differ by
 
 
@@ -45,7 +46,7 @@ class Outcome:
     live_block: Tensor  # H V, (n, 3)
     linearized_vector: Tensor
     linearized_block: Tensor
-    combination: Tensor  # H (V [1, -2, 0.5]), (n,)
+    combination: Tensor  # H (V c), c the coefficients, (n,)
     before: dict[str, Any]
     after: dict[str, Any]
     warned: list[str]
@@ -86,8 +87,9 @@ def test_live_and_linearized_vector_and_block_agree(outcome: Outcome) -> None:
 
 @each(ANSWERED)
 def test_the_operator_is_linear_and_symmetric(outcome: Outcome) -> None:
-    coefficients = outcome.V.new_tensor([1.0, -2.0, 0.5])
-    assert error(outcome.combination, outcome.live_block @ coefficients) < outcome.case.agreement
+    assert error(outcome.combination, outcome.live_block @ COEFFICIENTS) < outcome.case.agreement
+    if not outcome.case.symmetric:
+        return
     gram = outcome.V.T @ outcome.live_block
     scale = outcome.V.norm() * outcome.live_block.norm() + 1e-12
     assert ((gram - gram.T).norm() / scale).item() < outcome.case.agreement
@@ -105,7 +107,8 @@ def test_only_documented_warnings_are_given(outcome: Outcome) -> None:
     pattern = outcome.case.warns
     if pattern is not None:
         assert any(re.search(pattern, message) for message in outcome.warned)
-    assert [m for m in outcome.warned if pattern is None or not re.search(pattern, m)] == []
+    allowed = ADVICE if pattern is None else f"{ADVICE}|{pattern}"
+    assert [m for m in outcome.warned if not re.search(allowed, m)] == []
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case.family}-{case.name}")
@@ -114,9 +117,9 @@ def test_what_cannot_be_done_is_refused_with_the_reason(case: Case) -> None:
     leave_gradients(problem)
     before = seen_of_the_user(problem)
     assert case.refused is not None
+    v = torch.ones(count(problem), dtype=torch.float64)
     with pytest.raises(Exception, match=case.refused):
-        H = operator(case, problem)
-        H @ torch.ones(count(problem), dtype=torch.float64)
+        operator(case, problem).matvec(v)
     after = seen_of_the_user(problem)
     assert [k for k, seen in before.items() if not same(seen, after[k])] == []
 
@@ -126,7 +129,7 @@ def test_the_zoo_is_large() -> None:
 
 
 def test_the_reference_knows_a_quartic() -> None:
-    """``mean((a w)^4)`` has the Hessian ``12 mean(a a' (a w)^2)``; differences of order four are exact."""
+    """``mean((a w)^4)`` has the Hessian ``12 mean(a a' (a w)^2)``; order four is exact."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rows, v = torch.randn(7, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
@@ -161,21 +164,23 @@ def observe(case: Case) -> Outcome:
     problem = built(case)
     leave_gradients(problem)
     V = directions(problem)
+    mixed = V @ COEFFICIENTS.to(V.dtype)
     before = seen_of_the_user(problem)
-    with warnings.catch_warnings(record=True) as record, case.caller():
+    with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        H = operator(case, problem)
-        live_vector, live_block = H @ V[:, 0], H @ V
-        A = H.linearize()
-        linearized_vector, linearized_block = A @ V[:, 0], A @ V
-        combination = H @ (V @ V.new_tensor([1.0, -2.0, 0.5]))
+        with case.caller():
+            H = operator(case, problem)
+            live_vector, live_block = H @ V[:, 0], H @ V
+            A = H.linearize()
+            linearized_vector, linearized_block = A @ V[:, 0], A @ V
+            combination = H @ mixed
     after = seen_of_the_user(problem)
     products = [live_vector, live_block, linearized_vector, linearized_block, combination]
     assert all(p.dtype == torch.result_type(p, p) and not p.requires_grad for p in products)
     return Outcome(
         case,
         problem,
-        V,
+        V.double(),
         *(p.double().clone() for p in products),
         before=before,
         after=after,
@@ -217,11 +222,11 @@ def directions(problem: Problem) -> Tensor:
 
 
 def reference(case: Case, V: Tensor) -> Tensor:
-    """Return the columns (n, 3) by the case's reference, on a problem of its own."""
+    """Return ``H V`` (n, 3) by the case's reference, on a problem of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problem = built(case)
-        columns = V.double().unbind(1)
+        columns = V.unbind(1)
         if problem.expected is not None:
             return torch.stack([problem.expected(v) for v in columns], dim=1).double()
         if case.reference == "double backward":
@@ -240,92 +245,3 @@ def error(found: Tensor, expected: Tensor) -> float:
     scale = expected.norm().item()
     difference = (found - expected).norm().item()
     return difference / scale if scale > 0 else difference
-
-
-# -- what a user would notice ---------------------------------------------------------------------
-
-
-def leave_gradients(problem: Problem) -> None:
-    """Give the first parameter a gradient, as a training loop leaves one; the others have none."""
-    for i, p in enumerate(problem.parameters()):
-        p.grad = torch.full_like(p, 0.25) if i == 0 else None
-
-
-def seen_of_the_user(problem: Problem) -> dict[str, Any]:
-    """Return all that a product must leave alone, by name, with tensors as copies."""
-    seen: dict[str, Any] = {"random": random.getstate(), "numpy": np.random.get_state()}
-    seen["torch"] = torch.get_rng_state()
-    seen |= global_flags()
-    roots = {"model": problem.model}
-    if isinstance(problem.loss, nn.Module):
-        roots["loss"] = problem.loss
-    for root, top in roots.items():
-        for path, module in top.named_modules(prefix=root, remove_duplicate=False):
-            seen |= {f"{path}.{key}": value for key, value in seen_of_module(module).items()}
-    seen["state_dict"] = list(problem.model.state_dict())
-    for i, tensor in enumerate(tensors_in(problem.data)):
-        seen[f"data.{i}"] = (tensor.detach().clone(), tensor.requires_grad, tensor.grad)
-    return seen
-
-
-def seen_of_module(module: nn.Module) -> dict[str, Any]:
-    seen: dict[str, Any] = {"training": module.training}
-    for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-        grad = None if p.grad is None else (id(p.grad), p.grad.clone())
-        seen[name] = (p.detach().clone(), p.requires_grad, p._version, p.data_ptr(), grad)
-    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        seen[name] = (buffer.detach().clone(), buffer.requires_grad, buffer.data_ptr())
-    if isinstance(module, torch.jit.ScriptModule):
-        return seen  # its parameters are new Python objects at each look
-    seen["attributes"] = sorted(vars(module))
-    seen["parameters"] = {name: id(p) for name, p in module._parameters.items()}
-    seen["buffers"] = {name: id(buffer) for name, buffer in module._buffers.items()}
-    seen["hooks"] = [len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")]
-    flat = getattr(module, "_flat_weights", None)
-    seen["flat"] = None if flat is None else [id(weight) for weight in flat]
-    return seen
-
-
-def global_flags() -> dict[str, Any]:
-    backends = torch.backends
-    return {
-        "grad mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "default dtype": torch.get_default_dtype(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
-        "flash": backends.cuda.flash_sdp_enabled(),
-        "memory efficient": backends.cuda.mem_efficient_sdp_enabled(),
-        "math": backends.cuda.math_sdp_enabled(),
-        "fast path": backends.mha.get_fastpath_enabled(),
-        "mkldnn": backends.mkldnn.enabled,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "anomaly": torch.is_anomaly_enabled(),
-        "checkpoint": torch.utils.checkpoint.CheckpointFunction.apply.__qualname__,
-        "function modes": len(torch.overrides._get_current_function_mode_stack()),
-    }
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for part in batch.values():
-            yield from tensors_in(part)
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from tensors_in(part)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Say whether two records are equal, NaN equal to NaN."""
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and left.dtype == right.dtype and bits(left, right)
-    if isinstance(left, np.ndarray):
-        return bool(np.array_equal(left, right))
-    if isinstance(left, tuple | list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
-
-
-def bits(left: Tensor, right: Tensor) -> bool:
-    return torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)

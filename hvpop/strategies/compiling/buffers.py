@@ -1,7 +1,8 @@
-"""Writing into buffers that nobody needs any more, for graphs that run operation by operation."""
+"""Fewer calls and buffers, for graphs that run operation by operation."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,21 +12,19 @@ aten = torch.ops.aten
 
 
 def fuse_additions(graph_module: fx.GraphModule) -> None:
-    """``alpha a @ b + beta c`` as the one BLAS call that it is."""
+    """``beta c + alpha A B`` as the one BLAS call that it is."""
     graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not aten.add.Tensor:
-            continue
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         total, product = node.args
-        alpha = node.kwargs.get("alpha", 1)
+        if not isinstance(product, fx.Node) or not isinstance(total, fx.Node):
+            continue
         fused = _FUSED.get(product.target)
         if fused is None or len(product.users) > 1 or _like(product) != _like(node):
             continue
-        scales: dict[str, Any] = {} if alpha == 1 else {"alpha": alpha}
-        if total.target is aten.mul.Tensor and len(total.users) == 1:
-            whole, beta = total.args
-            if isinstance(beta, float):
-                total, scales["beta"] = whole, beta
+        scales = dict(node.kwargs)
+        if total.target is aten.mul.Tensor and isinstance(total.args[1], float):
+            if len(total.users) == 1:
+                total, scales["beta"] = total.args
         with graph.inserting_before(node):
             call = graph.call_function(fused, (total, *product.args), scales)
         call.meta = node.meta.copy()
@@ -35,41 +34,61 @@ def fuse_additions(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def reuse_buffers(graph_module: fx.GraphModule) -> None:
-    """Element-wise operations and BLAS updates write into an operand that is read there for the last time.
+def spell_out_scales(graph_module: fx.GraphModule) -> None:
+    """``add(a, b, alpha=c)`` as ``a + c b``.
 
-    Only buffers made inside the graph are written to, and only if no view of them is alive.
+    Inductor (torch 2.13) loses alpha where b is a matrix product: ``torch.add(c, a @ b, alpha=0.5)``
+    compiles to ``c + a @ b``.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if "alpha" in node.kwargs:
+            a, b = node.args
+            with graph.inserting_before(node):
+                scaled = graph.call_function(aten.mul.Tensor, (b, node.kwargs["alpha"]))
+            scaled.meta = b.meta.copy()  # type: ignore[union-attr]
+            node.args, node.kwargs = (a, scaled), {}
+    graph_module.recompile()
+
+
+def reuse_buffers(graph_module: fx.GraphModule) -> None:
+    """Let operations write into an operand that is read there for the last time.
+
+    Only memory made inside the graph is written to, and only where no view of it is alive.
     """
     graph = graph_module.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         if node.target not in _IN_PLACE:
             continue
-        if node.target is aten.add.Tensor and not _free(node, 0, order) and not node.kwargs:
+        if node.target is aten.add.Tensor and not node.kwargs and not _free(node, order):
             node.args = node.args[::-1]
-        if _free(node, 0, order):
+        if _free(node, order):
             node.target = _IN_PLACE[node.target]
     graph_module.recompile()
 
 
-def _free(node: fx.Node, position: int, order: dict[fx.Node, int]) -> bool:
-    operand = node.args[position]
-    if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not _owned(operand):
-        return False
-    if any(arg is operand for i, arg in enumerate(node.args) if i != position):
-        return False
-    readers = [user for user in operand.users if user is not node]
-    return all(order[user] < order[node] and user.target in _FRESH for user in readers)
-
-
-def _owned(node: fx.Node) -> bool:
+def owned(node: fx.Node) -> bool:
     """Whether the node's memory was made in the graph and is reached through this node only."""
     if node.target in _FRESH or node.target in _WRITERS:
         return True
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or len(source.users) > 1:
+    if not isinstance(source, fx.Node):
         return False
-    return node.target in _VIEWS and _owned(source)
+    if node.target is operator.getitem:
+        return source.target in _FRESH
+    return node.target in _VIEWS and len(source.users) == 1 and owned(source)
+
+
+def _free(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the node may overwrite its first operand."""
+    operand, *others = node.args
+    if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not owned(operand):
+        return False
+    if operand in others:
+        return False
+    readers = [user for user in operand.users if user is not node]
+    return all(order[user] < order[node] and user.target in _FRESH for user in readers)
 
 
 def _like(node: fx.Node) -> tuple[Any, ...]:
@@ -86,14 +105,18 @@ _IN_PLACE = {
     aten.mul.Tensor: aten.mul_.Tensor,
 }
 _WRITERS = set(_IN_PLACE.values())
-# Operations whose result is new memory, whatever their operands are.
+# Their results are new memory.
 _FRESH = {
     aten.bmm.default,
     aten.cat.default,
+    aten.clone.default,
     aten.convolution.default,
+    aten.convolution_backward.default,
     aten.embedding_dense_backward.default,
     aten.index_select.default,
     aten.mm.default,
+    aten.native_layer_norm_backward.default,
     aten.sum.dim_IntList,
-} | set(_IN_PLACE)
+    *_IN_PLACE,
+}
 _VIEWS = {aten.permute.default, aten.reshape.default}

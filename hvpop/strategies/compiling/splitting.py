@@ -2,60 +2,57 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
+
+from .buffers import owned
+
+aten = torch.ops.aten
 
 
 def split(graph_module: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """``f(x, v)`` as ``product(residuals, v)`` with ``residuals = prepare(x)``.
+    """``f(x, v)`` as ``product(*residuals, *v)`` with ``residuals = prepare(*x)``.
 
     Everything that a placeholder after the first ``n_fixed`` reaches is computed per product; what
-    the rest hands over to it are the residuals.
+    the rest hands over to it are the residuals. Results are new tensors, each with its own memory.
     """
-    graph = graph_module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    varying = set(placeholders[n_fixed:])
-    for node in graph.nodes:
-        if node.op != "output" and not varying.isdisjoint(node.all_input_nodes):
+    nodes = list(graph_module.graph.nodes)
+    *inputs, output = [node for node in nodes if node.op in ("placeholder", "output")]
+    varying = set(inputs[n_fixed:])
+    for node in nodes:
+        if node is not output and not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
-    frontier = {
-        source: None
-        for node in graph.nodes
-        if node in varying or node.op == "output"
-        for source in node.all_input_nodes
-        if source not in varying
-    }
-    return _prepare(graph_module, varying, list(frontier)), _product(
-        graph_module, varying, list(frontier), placeholders[n_fixed:]
-    )
+    readers = [node for node in nodes if node in varying or node is output]
+    frontier = {x: None for node in readers for x in node.all_input_nodes if x not in varying}
+    residuals = list(frontier)
 
-
-def _prepare(
-    graph_module: fx.GraphModule, varying: set[fx.Node], frontier: list[fx.Node]
-) -> fx.GraphModule:
-    graph = fx.Graph()
+    prepare = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in graph_module.graph.nodes:
-        if node.op != "output" and node not in varying:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in frontier))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(graph_module, graph)
+    for node in nodes:
+        if node not in varying and node is not output:
+            copies[node] = prepare.node_copy(node, copies.__getitem__)
+    prepare.output(tuple(copies[node] for node in residuals))
+    prepare.eliminate_dead_code()
 
-
-def _product(
-    graph_module: fx.GraphModule,
-    varying: set[fx.Node],
-    frontier: list[fx.Node],
-    directions: list[fx.Node],
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in [*frontier, *directions]:
-        copies[node] = graph.placeholder(node.name)
+    product = fx.Graph()
+    copies = {}
+    for node in [*residuals, *inputs[n_fixed:]]:
+        copies[node] = product.placeholder(node.name)
         copies[node].meta = node.meta.copy()
-    for node in graph_module.graph.nodes:
-        if node in varying and node.op != "placeholder":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        elif node.op == "output":
-            graph.output(fx.map_arg(node.args[0], copies.__getitem__))
-    return fx.GraphModule(graph_module, graph)
+    for node in nodes:
+        if node in varying and node not in copies:
+            copies[node] = product.node_copy(node, copies.__getitem__)
+    results = [copies[node] for node in output.args[0]]  # type: ignore[union-attr]
+    product.output(tuple(_own(product, result, results) for result in results))
+    return fx.GraphModule(graph_module, prepare), fx.GraphModule(graph_module, product)
+
+
+def _own(graph: fx.Graph, result: fx.Node, results: list[fx.Node]) -> fx.Node:
+    """The result itself, or a copy where it might share memory with something else."""
+    if owned(result) and results.count(result) == 1:
+        return result
+    copy = graph.call_function(
+        aten.clone.default, (result,), {"memory_format": torch.contiguous_format}
+    )
+    copy.meta = result.meta.copy()
+    return copy

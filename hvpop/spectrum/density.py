@@ -1,0 +1,183 @@
+"""The density of the whole spectrum, by stochastic Lanczos quadrature, with a confidence band."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from scipy.special import chdtri
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import operand
+from .quadrature import Quadrature
+from .results import Density
+from .sampling import Band, History, Sampling, sample
+
+
+def spectral_density(
+    A: LinearOperator,
+    *,
+    steps: int = 64,
+    width: float | None = None,
+    rtol: float | None = None,
+    max_products: int = 512,
+    block: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Density:
+    """How the eigenvalues of a symmetric operator are spread: a smooth density with its error.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Symmetric.
+    steps : int
+        Lanczos steps of a probe; they limit how narrow a feature can be seen.
+    width : float, optional
+        Standard deviation of the Gaussian that each eigenvalue is smoothed to. The default is the
+        range of the spectrum over ``steps``, about what so many steps resolve.
+    rtol : float, optional
+        Sample until the area of the upper half of the band is at most this; the area under the
+        density is one.
+    max_products, block, seed, progress, checkpoint
+        As for `trace`; a probe costs ``steps`` products, and ``block`` probes go side by side.
+
+    Returns
+    -------
+    Density
+        At 600 points. Where the density is that of the smoothed spectrum, the band covers it in
+        95 % of runs.
+
+    Notes
+    -----
+    Lanczos from random unit vectors, whose Gauss quadratures are averaged (Lin, Saad and Yang 2016;
+    Ghorbani, Krishnan and Xiao 2019). What a probe ``z`` sees at a point is the positive form
+    ``z' g(A) z``. Its variance over the sphere is ``2 / (n + 2) (tr g^2 / n - (tr g / n)^2)``, which
+    the same quadrature gives, far sharper than the spread of a few probes would; and the band is
+    that of the scaled chi-square with this variance, because one eigenvalue alone is seen as a
+    square of a normal number.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Diagonal
+    >>> from hvpop.spectrum import spectral_density
+    >>> A = Diagonal(torch.linspace(0, 1, 1000, dtype=torch.float64))
+    >>> found = spectral_density(A)
+    >>> middle = found.grid.sub(0.5).abs().argmin()
+    >>> found.low[middle].item() < 1.0 < found.high[middle].item()
+    True
+    """
+    task = _Density(operand.symmetric("spectral_density", A), rtol, block, seed)
+    operand.positive("spectral_density", steps=steps, width=width)
+    task.steps, task.width = min(steps, A.shape[0]), width
+    state, status = sample(task, max_products, progress, checkpoint)
+    quadrature = task.complete(state)
+    grid, width = task.grid(quadrature)
+    band = _band(quadrature, grid, width, A.shape[0])
+    return Density(
+        grid, band.value, band.standard_error, band.low, band.high, quadrature.nodes,
+        quadrature.weights, width, A.shape[0], state.products, status,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _State:
+    quadrature: Quadrature
+    history: History = ()
+
+    @property
+    def products(self) -> int:
+        return self.quadrature.products
+
+
+class _Density(Sampling[_State]):
+    name, unit, state_type = "spectral_density", 1, _State
+    steps: int
+    width: float | None
+
+    def start(self) -> _State:
+        return _State(Quadrature.empty())
+
+    def price(self, state: _State) -> int:
+        group = state.quadrature.group
+        if group is not None:
+            return group.current.shape[1]
+        return 1 if state.products == 0 else self.steps
+
+    def advance(self, state: _State, left: int) -> _State:
+        quadrature = state.quadrature
+        count = max(1, min(self.block, left // self.steps))
+        quadrature = quadrature.stepped(self.A, count, self.seed, self.name, quadrature.products)
+        assert quadrature.group is not None
+        if quadrature.group.alpha.shape[0] < self.steps:
+            return replace(state, quadrature=quadrature)
+        return self.noted(replace(state, quadrature=quadrature.finished()))
+
+    def complete(self, state: _State) -> Quadrature:
+        """The finished probes; the unfinished ones, if there are no others."""
+        none = state.quadrature.nodes.numel() == 0
+        return state.quadrature.finished() if none else state.quadrature
+
+    def grid(self, quadrature: Quadrature) -> tuple[Tensor, float]:
+        """600 points over the spectrum and its smoothing, and the width of the latter."""
+        nodes = quadrature.nodes[quadrature.weights > 1e-14]
+        low, high = nodes.min().item(), nodes.max().item()
+        spread = (high - low) or max(abs(high), 1e-300) * 1e-3
+        width = spread / self.steps if self.width is None else self.width
+        return torch.linspace(low - 4 * width, high + 4 * width, 600, dtype=torch.float64), width
+
+    def samples(self, state: _State) -> int:
+        return _ENOUGH if state.history else 0
+
+    def read(self, state: _State) -> Band:
+        quadrature = self.complete(state)
+        return _band(quadrature, *self.grid(quadrature), self.A.shape[0])
+
+    def noted(self, state: _State) -> _State:
+        quadrature = self.complete(state)
+        grid, width = self.grid(quadrature)
+        band = _band(quadrature, grid, width, self.A.shape[0])
+        area = torch.trapezoid((band.high - band.value).clamp_max(1 / width), grid).item()
+        return replace(state, history=(*state.history, (state.products, 1.0, area)))
+
+    def report(self, state: _State) -> str:
+        group = state.quadrature.group
+        step = "" if group is None else f", step {group.alpha.shape[0]} of {self.steps}"
+        error = f"error {state.history[-1][2]:.1e}" if state.history else "first probes"
+        return error + step
+
+    def settings(self) -> Mapping[str, Any]:
+        return {**super().settings(), "steps": self.steps}
+
+    def pack(self, state: _State) -> dict[str, Any]:
+        return {"history": [list(entry) for entry in state.history], **state.quadrature.pack()}
+
+    def unpack(self, saved: Mapping[str, Any]) -> _State:
+        quadrature = Quadrature.unpack(saved)
+        return super().unpack({"quadrature": quadrature, "history": saved["history"]})
+
+
+_ENOUGH = 1000  # the variance is not judged from the spread of samples: any number will do
+
+
+def _band(quadrature: Quadrature, grid: Tensor, width: float, n: int) -> Band:
+    """The mean over the probes of the smoothed measures on the grid, and its chi-square band."""
+    nodes, weights = quadrature.nodes, quadrature.weights
+    count = nodes.shape[1]
+    kernel = torch.exp(-(((grid[:, None] - nodes.reshape(-1)) / width) ** 2) / 2)
+    kernel = kernel / (width * (2 * torch.pi) ** 0.5)
+    value = kernel @ weights.reshape(-1) / count
+    square = kernel**2 @ weights.reshape(-1) / count
+    variance = 2 / (n + 2) * (square - value**2).clamp_min(0.0) / count
+    # value ~ mean * chi2_d / d, with d such that its variance is the one above.
+    tiny = torch.finfo(torch.float64).tiny
+    freedom = (2 * value**2 / variance.clamp_min(tiny)).clamp(1.0, 1e12)
+    quantiles = [[d / chdtri(d, p) for p in (0.025, 0.975)] for d in freedom.tolist()]
+    low, high = (value * torch.tensor(quantiles, dtype=torch.float64).T).unbind()
+    return Band(value, variance.sqrt(), low, high)

@@ -1,0 +1,147 @@
+"""The diagonal, by Hutchinson and XDiag, with an error for every entry."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import operand, probes
+from .results import DiagonalEstimate
+from .sampling import Band, History, Sampling, sample, student
+from .trace import LeaveOutSampling, LeaveOutState
+
+DiagonalMethod = Literal["hutchinson", "xdiag"]
+
+
+def diagonal(
+    A: LinearOperator,
+    *,
+    method: DiagonalMethod = "hutchinson",
+    rtol: float | None = 0.1,
+    max_products: int = 400,
+    block: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> DiagonalEstimate:
+    """The diagonal of a square operator, estimated from products with random signs.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Square; symmetric for "xdiag".
+    method : {"hutchinson", "xdiag"}
+        "hutchinson" averages ``z * (A z)`` over random signs (Bekas, Kokiopoulou and Saad 2007) and
+        keeps three vectors. "xdiag" takes the diagonal of a low-rank sketch exactly and samples the
+        rest, leaving every probe out in turn (Epperly, Tropp and Webber 2024); it is better where
+        the eigenvalues decay fast, and keeps ``3/2`` vectors a product.
+    rtol : float, optional
+        Sample until the half-widths of the 95 % intervals, as a vector, have at most ``rtol`` times
+        the norm of the diagonal; None spends the budget.
+    max_products, block, seed, progress, checkpoint
+        As for `trace`.
+
+    Returns
+    -------
+    DiagonalEstimate
+        Tensors of shape ``(n,)``; each interval covers its entry in 95 % of runs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Diagonal
+    >>> from hvpop.spectrum import diagonal
+    >>> diagonal(Diagonal(torch.tensor([1.0, 2.0, 3.0]))).value
+    tensor([1., 2., 3.])
+    """
+    if method not in get_args(DiagonalMethod):
+        raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
+    task: Sampling[Any]
+    if method == "xdiag":
+        task = _XDiag(operand.symmetric("diagonal by xdiag", A), rtol, block, seed)
+    else:
+        task = _Hutchinson(operand.square("diagonal", A), rtol, block, seed)
+    state, status = sample(task, max_products, progress, checkpoint)
+    band = task.band(state)
+    return DiagonalEstimate(
+        band.value, band.standard_error, band.low, band.high, state.products, status, state.history
+    )
+
+
+@dataclass(frozen=True)
+class _Moments:
+    mean: Tensor  # (n,)
+    deviation: Tensor  # (n,), the sum of squared deviations from it
+    count: int = 0
+    products: int = 0
+    history: History = ()
+
+
+class _Hutchinson(Sampling[_Moments]):
+    name, unit, state_type = "diagonal by hutchinson", 1, _Moments
+
+    def start(self) -> _Moments:
+        zero = torch.zeros(self.A.shape[0], **self.like())
+        return _Moments(zero, zero)
+
+    def advance(self, state: _Moments, left: int) -> _Moments:
+        n, count = self.A.shape[0], self.count(left)
+        V = probes.signs(n, count, *self.like().values(), self.seed, self.name, state.products)
+        new = V * (self.A @ V)
+        # Mean and deviation of a union of two samples (Chan, Golub and LeVeque 1983).
+        total, mean = state.count + count, new.mean(1)
+        shift = mean - state.mean
+        deviation = state.deviation + ((new - mean[:, None]) ** 2).sum(1)
+        deviation = deviation + shift**2 * (state.count * count / total)
+        mean = state.mean + shift * (count / total)
+        return self.noted(_Moments(mean, deviation, total, state.products + count, state.history))
+
+    def samples(self, state: _Moments) -> int:
+        return state.count
+
+    def read(self, state: _Moments) -> Band:
+        count = state.count
+        variance = state.deviation / max(1, count * (count - 1))
+        return student(state.mean, variance.sqrt(), count)
+
+
+class _XDiag(LeaveOutSampling):
+    name, keep = "diagonal by xdiag", True
+
+    def probes(self, count: int, place: int) -> Tensor:
+        return probes.signs(
+            self.A.shape[0], count, *self.like().values(), self.seed, self.name, place
+        )
+
+    def read(self, state: LeaveOutState) -> Band:
+        """The mean over i of the sketch's diagonal without probe i, plus a sample by probe i.
+
+        The variance is that of `trace` by XTrace, entry by entry. With ``u_i = Q s_i`` and
+        ``e_i = rho_i omega_i - Z s_i`` the sample is ``diag(Q Z') + u_i * e_i``, and what probe j in
+        the sketch does to it is ``(u_j - g u_i) * (Z s_j + g e_i) / (1 - g^2)``, ``g = s_i' s_j``.
+        """
+        sketch = state.sketch
+        S, rho = sketch.directions()
+        N = S.shape[0]
+        G = (S.T @ S).to(sketch.Q)
+        U, ZS = sketch.Q @ S.to(sketch.Q), sketch.Z @ S.to(sketch.Q)
+        E = rho.to(sketch.Q) * sketch.Omega - ZS
+        samples = (sketch.Q * sketch.Z).sum(1, keepdim=True) + U * E
+        value = samples.mean(1)
+        if N < 2:
+            return student(value, value, N)
+        covariance = torch.zeros_like(value)
+        for i in range(N - 1):
+            g = G[i, i + 1 :]
+            sine = (1 - g * g).clamp_min(torch.finfo(g.dtype).eps)
+            u, z, e = U[:, i, None], ZS[:, i, None], E[:, i, None]
+            Uj, Zj, Ej = U[:, i + 1 :], ZS[:, i + 1 :], E[:, i + 1 :]
+            of_j_on_i, of_i_on_j = (Uj - g * u) * (Zj + g * e), (u - g * Uj) * (z + g * Ej)
+            covariance += 2 * (of_j_on_i * of_i_on_j / sine**2).sum(1)
+        covariance = (covariance / (N * (N - 1))).nan_to_num(0.0).clamp_min(0.0)
+        return student(value, (samples.var(1) / N + covariance).sqrt(), N)

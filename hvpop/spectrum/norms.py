@@ -1,0 +1,116 @@
+"""The Frobenius norm, estimated, and the spectral norm, found."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..operators import LinearOperator
+from . import operand
+from .eigsh import eigsh
+from .results import Estimate
+from .sampling import Band, mean
+from .trace import SplitSampling, SplitState
+
+
+def frobenius_norm(
+    A: LinearOperator,
+    *,
+    rtol: float | None = 0.02,
+    max_products: int = 400,
+    block: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Estimate:
+    """The Frobenius norm of an operator ``(m, n)``, symmetric or not.
+
+    ``|A|_F^2 = |A Q|_F^2 + E |A (I - Q Q') g|^2``: exact on a sketch ``Q`` of the row space, sampled
+    outside of it, as Hutch++ does for the trace (Meyer, Musco, Musco and Woodruff 2021). An operator
+    that is not symmetric needs products with ``A.T``, too.
+
+    Parameters
+    ----------
+    A, rtol, max_products, block, seed, progress, checkpoint
+        As for `trace`; a probe costs three products.
+
+    Returns
+    -------
+    Estimate
+        The interval is that of the squared norm, by Student's t, under the root.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Dense
+    >>> from hvpop.spectrum import frobenius_norm
+    >>> round(frobenius_norm(Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))).value, 4)
+    5.0
+    """
+    task = _Frobenius(operand.operator("frobenius_norm", A), rtol, block, seed)
+    return task.estimate(max_products, progress, checkpoint)
+
+
+class _Frobenius(SplitSampling):
+    name = "frobenius_norm"
+
+    def read(self, state: SplitState) -> Band:
+        inside = (state.split.Z**2).sum().double().cpu()
+        outside = mean((state.split.outside()[1] ** 2).sum(0).double().cpu())
+        value = (inside + outside.value).sqrt()
+        slope = 0.5 / value.clamp_min(torch.finfo(torch.float64).tiny)
+        low, high = (inside + end for end in (outside.low, outside.high))
+        return Band(value, outside.standard_error * slope, low.clamp_min(0.0).sqrt(), high.sqrt())
+
+
+def spectral_norm(
+    A: LinearOperator,
+    *,
+    rtol: float = 1e-3,
+    max_products: int = 400,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Estimate:
+    """The largest singular value of an operator ``(m, n)``: for a symmetric one, the largest |lambda|.
+
+    By `eigsh` on ``A``, or on ``A' A`` if ``A`` is not symmetric.
+
+    Parameters
+    ----------
+    rtol : float
+        The residual, relative to the norm; the error is of the order of its square over the gap.
+    A, max_products, seed, progress, checkpoint
+        As for `eigsh`; a product with ``A.T`` counts as one.
+
+    Returns
+    -------
+    Estimate
+        Nothing here is sampled: `value` is a lower bound of the norm up to rounding, the interval
+        from `low` to `high` certainly holds a singular value, and `standard_error` is the residual.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import Dense
+    >>> from hvpop.spectrum import spectral_norm
+    >>> round(spectral_norm(Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))).value, 4)
+    4.0
+    """
+    A = operand.operator("spectral_norm", A)
+    S, cost = (A, 1) if A.symmetric else (A.T @ A, 2)
+    found = eigsh(
+        S, 1, "LM", rtol=rtol, max_products=max_products // cost, seed=seed, progress=progress,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    theta, residual = found.eigenvalues[0].abs().item(), found.residuals[0].item()
+    value = theta if cost == 1 else theta**0.5
+    high = theta + residual if cost == 1 else (theta + residual) ** 0.5
+    scale = value if cost == 1 else 1.0
+    history = tuple(
+        (cost * products, value, worst / max(scale, 1e-300) * scale) for products, worst in found.history
+    )
+    return Estimate(
+        value, high - value, value, high, cost * found.products, found.status, history
+    )

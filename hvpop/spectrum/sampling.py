@@ -1,0 +1,160 @@
+"""Estimates from random probes: a band around the mean, and sampling until it is narrow enough."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from ..operators import LinearOperator
+from . import operand
+from .loop import Task, run
+from .results import Estimate, Status
+
+History = tuple[tuple[int, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Band:
+    """An estimate, a number or one for every entry, with its 95 % confidence interval."""
+
+    value: Tensor
+    standard_error: Tensor
+    low: Tensor
+    high: Tensor
+
+    def error(self) -> float:
+        """Half the width, in the Euclidean norm if there are many entries."""
+        return torch.linalg.vector_norm((self.high - self.low) / 2).item()
+
+    def size(self) -> float:
+        """The norm of the value."""
+        return torch.linalg.vector_norm(self.value).item()
+
+
+def student(value: Tensor, standard_error: Tensor, samples: int) -> Band:
+    """The band of a mean of ``samples`` samples, by Student's t, which knows that they are few."""
+    if samples < 2:
+        standard_error = torch.full_like(value, torch.inf)
+        return Band(value, standard_error, value - torch.inf, value + torch.inf)
+    half = float(stdtrit(samples - 1, 0.975)) * standard_error
+    return Band(value, standard_error, value - half, value + half)
+
+
+def mean(samples: Tensor) -> Band:
+    """The band of the mean of independent samples, which run along the last dimension."""
+    count = samples.shape[-1]
+    spread = samples.std(-1) if count > 1 else torch.zeros_like(samples[..., 0])
+    return student(samples.mean(-1), spread / count**0.5, count)
+
+
+class SampledState(Protocol):
+    """A state that remembers how the estimate went."""
+
+    @property
+    def products(self) -> int: ...
+    @property
+    def history(self) -> History: ...
+
+
+S = TypeVar("S", bound=SampledState)
+
+
+class Sampling(Task[S]):
+    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough."""
+
+    unit: int  # products for one probe
+    state_type: type[S]
+
+    def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: int) -> None:
+        operand.positive(self.name, rtol=rtol, block=block)
+        self.A, self.rtol, self.block, self.seed = A, rtol, block, seed
+        self.dtype = operand.working_dtype(A)
+
+    @abstractmethod
+    def read(self, state: S) -> Band:
+        """The estimate as it is now."""
+
+    def band(self, state: S) -> Band:
+        """The estimate, with the rounding of the products in its band."""
+        band = self.read(state)
+        rounding = 10 * torch.finfo(self.dtype).eps * band.value.abs()
+        return replace(band, low=band.low - rounding, high=band.high + rounding)
+
+    @abstractmethod
+    def samples(self, state: S) -> int:
+        """How many probes the error is judged from."""
+
+    def exhausted(self, state: S) -> bool:
+        """Whether the estimate is exact, and nothing is left to sample."""
+        return False
+
+    def price(self, state: S) -> int:
+        return self.unit
+
+    def count(self, left: int) -> int:
+        """How many probes the next round takes."""
+        return min(self.block, left // self.unit)
+
+    def noted(self, state: S) -> S:
+        """``state`` with its estimate added to the history."""
+        band = self.band(state)
+        entry = (state.products, band.size(), band.error())
+        return replace(state, history=(*state.history, entry))  # type: ignore[type-var]
+
+    def verdict(self, state: S) -> Status | None:
+        if self.exhausted(state):
+            return "converged"
+        if self.rtol is None or self.samples(state) < _LEAST:
+            return None
+        _, value, error = state.history[-1]
+        return "converged" if error <= self.rtol * value else None
+
+    def report(self, state: S) -> str:
+        _, value, error = state.history[-1]
+        return f"{value:.4g} +- {error:.1e}"
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"block": self.block, "seed": self.seed}
+
+    def pack(self, state: S) -> dict[str, Any]:
+        return {**super().pack(state), "history": [list(entry) for entry in state.history]}
+
+    def unpack(self, saved: Mapping[str, Any]) -> S:
+        history = tuple((count, value, error) for count, value, error in saved["history"])
+        return self.state_type(**{**saved, "history": history})
+
+    def estimate(
+        self, max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
+    ) -> Estimate:
+        """Run, and return the number with its error."""
+        state, status = sample(self, max_products, progress, checkpoint)
+        band = self.band(state)
+        return Estimate(
+            band.value.item(), band.standard_error.item(), band.low.item(), band.high.item(),
+            state.products, status, state.history,
+        )  # fmt: skip
+
+    def like(self) -> dict[str, Any]:
+        """Where and in what dtype vectors live."""
+        return {"dtype": self.dtype, "device": self.A.device}
+
+
+def sample(
+    task: Sampling[S], max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
+) -> tuple[S, Status]:
+    """`run`, after a check that the budget is enough for two probes."""
+    if max_products < 2 * task.unit:
+        raise ValueError(
+            f"{task.name} expects max_products >= {2 * task.unit}, two probes, got {max_products}"
+        )
+    return run(task, max_products=max_products, progress=progress, checkpoint=checkpoint)
+
+
+_LEAST = 16  # probes before an error is believed

@@ -1,0 +1,122 @@
+"""Low-rank sketches that grow: an orthonormal basis of what an operator does to random vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators import LinearOperator
+
+
+def extend(Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``Y = Q C + E R`` with ``[Q, E]`` orthonormal: returns ``E``, ``C`` and ``R``.
+
+    Columns of ``Y`` that lie in ``Q`` or depend on each other get a direction of their own in ``E``
+    and a diagonal entry in ``R`` that is tiny, but never zero.
+    """
+    scale = torch.linalg.vector_norm(Y, dim=0).max()
+    C = Q.T @ Y
+    E, R = torch.linalg.qr(Y - Q @ C)
+    for _ in range(2):  # what was lost in rounding came out at random: once more
+        D = Q.T @ E
+        E, again = torch.linalg.qr(E - Q @ D)
+        C, R = C + D @ R, again @ R
+    floor = torch.finfo(Y.dtype).eps * torch.where(scale > 0, scale, 1.0)
+    d = R.diagonal()
+    R = R + torch.diag(torch.where(d.abs() < floor, torch.where(d < 0, -floor, floor), 0.0))
+    return E, C, R
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """What is known after products with ``Omega`` and with the basis ``Q`` of ``A Omega = Q R``.
+
+    The small matrices are in float64 on the host; they allow to leave out one or two probes of the
+    sketch at no product (Epperly, Tropp and Webber, 2024, leave out one).
+    """
+
+    Omega: Tensor  # (n, N)
+    Q: Tensor  # (n, N)
+    Z: Tensor  # A Q, (n, N), or (n, 0) where it is not needed
+    R: Tensor  # (N, N), upper triangular
+    H: Tensor  # Q' A Q
+    W: Tensor  # Q' Omega
+    quadratic: Tensor  # (N,), omega' A omega
+    squares: Tensor  # (N,), omega' omega
+
+    @staticmethod
+    def empty(n: int, dtype: torch.dtype, device: torch.device) -> LeaveOut:
+        big = torch.empty(n, 0, dtype=dtype, device=device)
+        small = torch.empty(0, 0, dtype=torch.float64)
+        return LeaveOut(big, big, big, small, small, small, small[0:0, 0:1].reshape(0), small.reshape(0))
+
+    def grown(self, A: LinearOperator, Omega: Tensor, *, keep: bool) -> LeaveOut:
+        """After two block products more; ``keep`` says whether to keep ``A Q``."""
+        Y = A @ Omega
+        E, C, R = extend(self.Q, Y)
+        Z = A @ E
+        Q = torch.cat([self.Q, E], 1)
+        H = _small(Q.T @ Z)
+        N, old = Q.shape[1], self.Q.shape[1]
+        corner = (H[old:] + H[old:].T) / 2
+        W = torch.cat([_small(E.T @ self.Omega), _small(E.T @ Omega)], 1)
+        return LeaveOut(
+            torch.cat([self.Omega, Omega], 1),
+            Q,
+            torch.cat([self.Z, Z], 1) if keep else self.Z,
+            _bordered(self.R, _small(C), torch.zeros(N - old, old, dtype=torch.float64), _small(R)),
+            _bordered(self.H, H[:old], H[:old].T, corner),
+            torch.cat([torch.cat([self.W, _small(self.Q.T @ Omega)], 1), W], 0),
+            torch.cat([self.quadratic, _small((Omega * Y).sum(0))]),
+            torch.cat([self.squares, _small((Omega * Omega).sum(0))]),
+        )
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Unit columns ``s_i``: without probe i the basis is ``Q (I - s_i s_i')``; and ``s_i' R_i``."""
+        eye = torch.eye(self.R.shape[0], dtype=torch.float64)
+        S = torch.linalg.solve_triangular(self.R.T, eye, upper=False)
+        S = S / torch.linalg.vector_norm(S, dim=0)
+        return S, (S * self.R).sum(0)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An operator split by the basis ``Q`` of a sketch: exact inside, sampled by ``G`` outside."""
+
+    Q: Tensor  # (n, N)
+    Z: Tensor  # A Q, (m, N)
+    G: Tensor  # (n, N), independent of Q
+    AG: Tensor  # (m, N)
+
+    @staticmethod
+    def empty(A: LinearOperator, dtype: torch.dtype) -> Split:
+        rows, columns = (torch.empty(r, 0, dtype=dtype, device=A.device) for r in A.shape)
+        return Split(columns, rows, columns, rows)
+
+    def grown(self, A: LinearOperator, sketch: Tensor, G: Tensor) -> Split:
+        """After three products more for each probe; ``sketch`` has A's rows, ``G`` its columns."""
+        count = G.shape[1]
+        if A.symmetric:  # one pass for both
+            both = A @ torch.cat([sketch, G], 1)
+            Y, AG = both[:, :count], both[:, count:]
+        else:
+            Y, AG = A.T @ sketch, A @ G
+        space = self.Q.shape[0] - self.Q.shape[1]
+        E, _, _ = extend(self.Q, Y[:, :space])
+        pairs = ((self.Q, E), (self.Z, A @ E if space else Y[:, :0]), (self.G, G), (self.AG, AG))
+        return Split(*(torch.cat(pair, 1) for pair in pairs))
+
+    def outside(self) -> tuple[Tensor, Tensor]:
+        """``P G`` and ``A P G`` for the projection ``P`` on the complement of ``Q``; no product."""
+        C = self.Q.T @ self.G
+        return self.G - self.Q @ C, self.AG - self.Z @ C
+
+
+def _small(M: Tensor) -> Tensor:
+    return M.double().cpu()
+
+
+def _bordered(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return torch.cat([torch.cat([A, B], 1), torch.cat([C, D], 1)], 0)

@@ -1,0 +1,280 @@
+"""Compiled: the product traced once, and what does not depend on v taken out of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
+from .compiling.program import Program, first_line
+from .compiling.tracing import Untraceable
+from .reverse import ReverseOverReverse
+
+_REVERSE = ReverseOverReverse()
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_MOST_PROGRAMS = 64  # kept; functions made anew for each call would pile up otherwise
+
+
+class Compiled(HVPStrategy):
+    """Trace the product once per batch shape; repeat only what depends on v.
+
+    A Hessian-vector product is linear in v, so most of what it computes (the whole gradient, every
+    derivative of an activation, every statistic of a normalisation) is the same for all v. Double
+    ``autograd.grad`` is traced into a graph of ATen operations, which is split: one part runs once
+    per point and leaves residuals, the other runs per product. Before the split, arithmetic on v
+    is regrouped so that its weights are worked out among themselves, in the first part.
+
+    The first product of each traced function is compared with the wrapped strategy's on the same
+    data. Where it disagrees beyond rounding, or where ``fn`` cannot be traced (it draws random
+    numbers, branches on values, writes to tensors that outlive it), the wrapped strategy serves
+    instead, with one warning for this object.
+
+    Parameters
+    ----------
+    strategy : HVPStrategy
+        The strategy to fall back on and to be compared with. Serves ``differentiable=True``.
+    compiler : bool
+        Hand the graph to TorchInductor, too, and keep whichever runs faster. Takes seconds for small
+        networks and a minute or more for deep ones, once per batch shape, and needs a C++ compiler.
+        Without it a trace takes about a second, and products are repeated operation by operation.
+
+    Attributes
+    ----------
+    fallback_reason : str or None
+        Why something was not as fast as it could be; None if everything is.
+
+    Notes
+    -----
+    ``fn`` must depend on its arguments only: Python values it reads (a module's training flag) are
+    those of the time of tracing. Tensors it captures are read anew for each linear map. Traces are
+    found again by ``fn`` itself: pass the same object, not a new lambda, for each batch.
+
+    Memory: about what the graph of a kept gradient takes; `LinearMap` objects tell theirs as
+    ``residual_bytes``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop.strategies.compiled import Compiled
+    >>> f = lambda p, x: (x @ p["w"]).tanh().sum()
+    >>> w = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    >>> H = Compiled(compiler=False).linearize(f, {"w": w}, torch.eye(2, dtype=torch.float64))
+    >>> H({"w": torch.ones(2, dtype=torch.float64)})["w"]  # -2 tanh(w) (1 - tanh(w)^2)
+    tensor([ 0.0000, -0.6397], dtype=torch.float64)
+    """
+
+    def __init__(self, strategy: HVPStrategy = _REVERSE, *, compiler: bool = True) -> None:
+        self.strategy = strategy
+        self.compiler = compiler
+        self.fallback_reason: str | None = None
+        self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"Compiled({self.strategy!r}, compiler={self.compiler})"
+
+    def linearize(
+        self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
+    ) -> LinearMap:
+        def wrapped() -> LinearMap:
+            return self.strategy.linearize(fn, params, *args, differentiable=differentiable)
+
+        program = None if differentiable else self._program(fn, params, args)
+        if program is None or (program.proven and program.run is None):
+            return wrapped()
+        inputs = [*params.values(), *_tensors(args)]
+        with _undifferentiated():
+            residuals = program.prepare(*inputs)
+        return _Map(self, program, wrapped, params, residuals, _bytes_beyond(residuals, inputs))
+
+    def complain(self, reasons: Iterable[str]) -> None:
+        """Record why something falls back; warn of the first."""
+        for reason in reasons:
+            if self.fallback_reason is None:
+                self.fallback_reason = reason
+                warnings.warn(f"{self!r}: {reason}; falling back", UserWarning, stacklevel=4)
+
+    def _program(
+        self, fn: ScalarFunction, params: Params, args: tuple[object, ...]
+    ) -> Program | None:
+        try:
+            key = (fn, *_signature((params, args)))
+            if key not in self._programs:
+                self._programs[key] = self._traced(fn, params, args)
+        except Untraceable as error:
+            self.complain([f"the product cannot be traced ({error})"])
+            return None
+        self._programs.move_to_end(key)
+        if len(self._programs) > _MOST_PROGRAMS:
+            self._programs.popitem(last=False)
+        return self._programs[key]
+
+    def _traced(
+        self, fn: ScalarFunction, params: Params, args: tuple[object, ...]
+    ) -> Program | None:
+        leaves, structure = tree_flatten(args)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        n = len(params)
+
+        def product(*tensors: Tensor) -> list[Tensor]:
+            filled = list(leaves)
+            for place, tensor in zip(places, tensors[n:-n], strict=True):
+                filled[place] = tensor
+            point, v = (
+                dict(zip(params, part, strict=True)) for part in (tensors[:n], tensors[-n:])
+            )
+            linear = ReverseOverReverse().linearize(fn, point, *tree_unflatten(filled, structure))
+            return list(linear(v).values())
+
+        inputs = [*params.values(), *_tensors(args)]
+        v = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params.values()]
+        try:
+            return Program(product, [t.detach() for t in inputs], v, compiler=self.compiler)
+        except Untraceable as error:
+            self.complain([f"the product cannot be traced ({error})"])
+        except Exception as error:  # whatever Python or torch code does that a trace cannot follow
+            self.complain([f"the product cannot be traced ({first_line(error)})"])
+        return None
+
+
+class _Map(LinearMap):
+    """The residuals of one point and batch, with the program that makes products of them."""
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        program: Program,
+        wrapped: Callable[[], LinearMap],
+        params: Params,
+        residuals: Sequence[Tensor],
+        residual_bytes: int,
+    ) -> None:
+        self.residual_bytes = residual_bytes
+        self._compiled, self._program, self._params = compiled, program, params
+        self._wrapped, self._residuals = wrapped, residuals
+        self._reference: LinearMap | None = None
+
+    def __call__(self, v: Params) -> Params:
+        if not self._program.proven:
+            self._prove()
+        if self._program.run is None:
+            return self._strategys()(v)
+        with _undifferentiated():
+            return self._named(self._program.run(*self._residuals, *self._ordered(v)))
+
+    def columns(self, V: Params) -> Params:
+        if not self._program.proven:
+            self._prove()
+        if self._program.run is None:
+            return self._strategys().columns(V)
+        ordered = self._ordered(V)
+        if ordered[0].shape[0] == 1:
+            return super().columns(V)
+        with _undifferentiated():
+            is_right = self._agrees_with_single(ordered)
+            run, complaints = self._program.columns(self._residuals, ordered, is_right)
+            self._compiled.complain(complaints)
+            if run is not None:
+                return self._named(run(*self._residuals, *ordered))
+        return super().columns(V)
+
+    def _prove(self) -> None:
+        """Compare with the strategy in a direction that has a part along every eigenvector."""
+        w = _generic(self._params)
+        expected = list(self._strategys()(w).values())
+        if not all(bool(t.isfinite().all()) for t in expected):
+            return
+        with _undifferentiated():
+            complaints = self._program.prove(
+                self._residuals, self._ordered(w), lambda result: agree(result, expected)
+            )
+        self._compiled.complain(complaints)
+        self._reference = None
+
+    def _agrees_with_single(self, V: list[Tensor]) -> Callable[[Sequence[Tensor]], bool]:
+        """A combination of the columns' products is the product of the same combination."""
+
+        def is_right(result: Sequence[Tensor]) -> bool:
+            assert self._program.run is not None
+            combined = [_combined(column) for column in V]
+            expected = self._program.run(*self._residuals, *combined)
+            return agree([_combined(column) for column in result], expected)
+
+        return is_right
+
+    def _strategys(self) -> LinearMap:
+        if self._reference is None:
+            self._reference = self._wrapped()
+        return self._reference
+
+    def _ordered(self, v: Params) -> list[Tensor]:
+        return [v[name].contiguous() for name in self._params]
+
+    def _named(self, result: Sequence[Tensor]) -> Params:
+        return dict(zip(self._params, result, strict=True))
+
+
+def agree(result: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether two computations of the same tensors differ by no more than rounding.
+
+    Two orders of evaluation differ by far more than one unit of rounding where sums cancel; a third
+    of the digits are left to that. (An error of the method is of order one.)
+    """
+    error = math.hypot(*(float((a - b).norm()) for a, b in zip(result, expected, strict=True)))
+    size = math.hypot(*(float(b.norm()) for b in expected))
+    eps = max(torch.finfo(b.dtype).eps for b in expected)
+    return error <= 4 * eps ** (2 / 3) * size
+
+
+def _generic(params: Params) -> Params:
+    """A direction like any other, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device)
+        for name, p in params.items()
+    }
+
+
+def _combined(columns: Tensor) -> Tensor:
+    weights = torch.arange(1, columns.shape[0] + 1, dtype=torch.float64).cos()
+    return torch.tensordot(weights.to(columns), columns, dims=1)
+
+
+def _signature(arguments: object) -> tuple[Hashable, ...]:
+    """All that a trace depends on: structure, tensors' shapes and kinds, and other leaves' values."""
+    leaves, structure = tree_flatten(arguments)
+    return (structure, *map(_kind, leaves))
+
+
+def _kind(leaf: object) -> Hashable:
+    if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided:
+            raise Untraceable(f"a tensor is {leaf.layout}")
+        return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    if leaf is None or isinstance(leaf, _CONSTANTS):
+        return type(leaf), leaf
+    raise Untraceable(f"an argument is a {type(leaf).__name__}, neither a tensor nor a constant")
+
+
+def _tensors(arguments: object) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
+
+
+def _bytes_beyond(tensors: Sequence[Tensor], known: Sequence[Tensor]) -> int:
+    """Memory behind the tensors that is not behind the known ones."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    kept = {t.untyped_storage().data_ptr() for t in known}
+    return sum(n for address, n in storages.items() if address not in kept)
+
+
+@contextmanager
+def _undifferentiated() -> Iterator[None]:
+    """Plain tensors in and out, whatever mode the caller is in."""
+    with grad_enabled(), torch.no_grad():
+        yield
