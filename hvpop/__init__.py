@@ -1,6 +1,6 @@
 """Hessians of PyTorch models as linear operators that SciPy and torch both take."""
 
-from .curvature import HessianOperator
+from .curvature import HessianOperator, block_diagonal
 from .operators import (
     BlockDiagonal,
     Damped,
@@ -11,6 +11,7 @@ from .operators import (
     Layout,
     LinearOperator,
     LowRank,
+    Selection,
 )
 from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk
 from .strategies import (
@@ -42,4 +43,6 @@ __all__ = [
     "LinearOperator",
     "LowRank",
     "ReverseOverReverse",
+    "Selection",
+    "block_diagonal",
 ]

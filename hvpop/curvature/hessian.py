@@ -18,6 +18,8 @@ from ..risk.losses import Loss
 from ..risk.modules import Selection
 from ..strategies import FirstThatWorks, HVPStrategy, Params
 from ..strategies.base import grad_enabled
+from .blocks import block
+from .check import CheckResult, check
 from .diagnosis import culprit
 from .linearized import LinearizedHessian
 from .space import WeightedSum, from_point, layout_of, products, space_of, to_point
@@ -108,6 +110,52 @@ class HessianOperator(LinearOperator):
         LinearOperator.__init__(self, (n, n), dtype=dtype, device=device, symmetric=True)
         self.risk = risk
         self.strategy = FirstThatWorks() if strategy is None else strategy
+
+    def block(self, rows: Selection, cols: Selection = None) -> LinearOperator:
+        """The block of some parameters (rows) against others (columns, by default the same).
+
+        Parameters
+        ----------
+        rows, cols
+            As ``params=``: names, globs, modules, a predicate.
+
+        Returns
+        -------
+        LinearOperator
+            Shape ``(entries of rows, entries of cols)``; live, with a true transpose.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from hvpop import HessianOperator
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> H = HessianOperator(model, torch.nn.MSELoss(), [(torch.ones(4, 2), torch.ones(4, 1))])
+        >>> H.block("0.*", "1.weight").shape
+        (9, 3)
+        """
+        return block(self, rows, cols)
+
+    def check(self, batches: int | None = 1) -> CheckResult:
+        """Examine this operator on its first batches (None: on all of them).
+
+        Looks at determinism, symmetry, agreement with finite differences of ``backward()``
+        gradients, agreement of the strategies, parameters without gradient, and layers known to be
+        difficult. Raises nothing; costs about ten products on those batches.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from hvpop import HessianOperator
+        >>> model = torch.nn.Linear(2, 1).double()
+        >>> data = [(torch.ones(4, 2).double(), torch.ones(4, 1).double())]
+        >>> HessianOperator(model, torch.nn.MSELoss(), data).check().verdict
+        'healthy'
+        """
+        return check(self, batches)
+
+    def _label(self) -> str:
+        usual = repr(self.strategy) == "ReverseOverReverse()"
+        return "HessianOperator" if usual else f"HessianOperator[{self.strategy!r}]"
 
     def _apply(self, V: Tensor) -> Tensor:
         point, state = self._live()

@@ -16,7 +16,7 @@ from ..operators import LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
 from ..risk.merging import stacked
-from ..strategies import FirstThatWorks, HVPStrategy, Params
+from ..strategies import FiniteDifference, FirstThatWorks, HVPStrategy, Params
 from ..strategies.base import grad_enabled
 from .diagnosis import culprit
 from .memory import budget_in_bytes
@@ -150,16 +150,19 @@ class LinearizedHessian(LinearOperator):
     def _prepare(self) -> Preparation:
         """Run batches as one in the first way that gives the product of batches run one by one."""
         prepared = Preparation(self.risk, self.strategy, self._point, self._state, self._budget)
-        joins = prepared.joins()
+        joins = [] if isinstance(self.strategy, FiniteDifference) else prepared.joins()
         if joins:
             probe = self._probe()
             truth = self._truth(prepared, probe)
+            self.risk.refuse_unknown_divisors()
         for join in joins:
             with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
                 prepared.build(join)
-                if _agree(self._product(prepared, probe), truth):
+                product = self._product(prepared, probe)
+                if _agree(product, truth, 1000 * torch.finfo(truth[0].dtype).eps):
                     return prepared
-                if join is stacked:  # concatenation may be wrong, where samples see each other
+                # Concatenation may be wrong, where samples see each other; stacking may not.
+                if join is stacked and not _agree(product, truth, 1e-4):
                     warnings.warn(_DISAGREES.format(self), stacklevel=2)
         prepared.build(None)
         return prepared
@@ -187,9 +190,10 @@ _DISAGREES = (
 )
 
 
-def _agree(products: list[Tensor], truth: list[Tensor]) -> bool:
+def _agree(products: list[Tensor], truth: list[Tensor], tolerance: float) -> bool:
     """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
-    error = sum(float((y - t).double().square().sum()) for y, t in zip(products, truth, strict=True))
+    error = sum(
+        float((y - t).double().square().sum()) for y, t in zip(products, truth, strict=True)
+    )
     scale = sum(float(t.double().square().sum()) for t in truth)
-    eps = max(torch.finfo(t.dtype).eps for t in truth)
-    return error**0.5 <= 1000 * eps * scale**0.5
+    return bool(error**0.5 <= tolerance * scale**0.5)

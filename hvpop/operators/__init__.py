@@ -5,6 +5,7 @@ from .basic import Dense, Diagonal, FromFunction, Identity, LowRank
 from .blocks import BlockDiagonal
 from .damped import Damped
 from .layout import Layout
+from .selection import Selection
 
 __all__ = [
     "BlockDiagonal",
@@ -16,4 +17,5 @@ __all__ = [
     "Layout",
     "LinearOperator",
     "LowRank",
+    "Selection",
 ]

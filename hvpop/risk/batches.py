@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return _ready(batch, device)
     if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
-        return batch.to(device=device)  # type: ignore[call-overload]  # torch's stub lacks it
+        return cast(Any, batch).to(device=device)  # torch's stub lacks the keyword
     found = tensors_in(batch)
     if not found and hasattr(batch, "to"):
         return batch.to(device)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
 from .batches import Batches, to_device
+from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
-from .losses import BatchLoss, Loss, device_of, samples_in, scalar, supervised
+from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
 from .modules import Inventory, Selection, unwrapped
 from .policies import Seeded, TwiceDifferentiable, seed_tensor
 from .rewrites import Rewrites
@@ -132,6 +133,8 @@ class EmpiricalRisk:
         self._roots = {"": self.model}
         self._moved = 0
         self._rewrites = Rewrites()
+        by_samples = average.weight is None and not knows_divisor(batch_loss)
+        self._watch = DivisorWatch() if by_samples else None
         self._checked_for_strays = self._has_strays = False
         self.policies = TwiceDifferentiable()
         self._inventory = Inventory(self._roots)
@@ -159,17 +162,29 @@ class EmpiricalRisk:
             return
         parts = list(batches)
         weights = tuple(part.weight for part in parts)
-        yield Term(
-            self.total, (weights, [part.data for part in parts]), sum(weights), "all the data"
-        )
+        data = (weights, [part.data for part in parts])
+        yield Term(self.total, data, sum(weights), "all the data")
+        if len(parts) > 1:
+            self.refuse_unknown_divisors()
 
     def _batches(self) -> Generator[Term, None, None]:
         device = device_of(self._inventory.parameters)
+        i = 0
         for i, batch in enumerate(self._data):
+            if i > 0:
+                self.refuse_unknown_divisors()
             moved = to_device(batch, device)
             self._moved += moved is not batch
-            data = (moved, seed_tensor(self.seed + i))
-            yield Term(self.loss, data, self._weight(moved), f"batch {i}")
+            weight = self._weight(moved)
+            if weight > 0:  # a mean over nothing (all targets ignored) is not a number
+                yield Term(self.loss, (moved, seed_tensor(self.seed + i)), weight, f"batch {i}")
+        if i > 0:
+            self.refuse_unknown_divisors()
+
+    def refuse_unknown_divisors(self) -> None:
+        """Raise if evaluations so far have shown that batches are not weighted right."""
+        if self._watch is not None:
+            self._watch.refuse()
 
     def loss(
         self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
@@ -190,6 +205,8 @@ class EmpiricalRisk:
         with ExitStack() as contexts:
             for context in (self._inventory.holding(held), self.policies, Seeded(seed), self._rewrites):
                 contexts.enter_context(context)
+            if self._watch is not None:
+                contexts.enter_context(self._watch)
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
             return scalar(self.batch_loss(self.model, batch))
@@ -222,6 +239,38 @@ class EmpiricalRisk:
     def in_memory(self) -> bool:
         """Whether the user holds all batches anyway, where they are needed."""
         return self._data.in_memory and self._moved == 0
+
+    def gradient(
+        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The gradient of one batch as a training step has it: a plain ``backward()``, no rewrites.
+
+        A reference for checks; zeros for parameters that get none.
+        """
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        buffers = self._inventory.buffers
+        held = {n: t.clone() if n in buffers else t for n, t in state.items()} | leaves
+        with ExitStack() as contexts:
+            contexts.enter_context(self._inventory.holding(held))
+            contexts.enter_context(Seeded(seed))
+            if self._has_strays:
+                contexts.enter_context(Substitution(self._inventory.parameters, held))
+            scalar(self.batch_loss(self.model, batch)).backward()
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+
+    def batchwise(self) -> EmpiricalRisk:
+        """The same risk in batch mode."""
+        risk = copy.copy(self)
+        risk.mode = "batch"
+        return risk
+
+    def restricted(self, params: Selection) -> EmpiricalRisk:
+        """The same risk as a function of some of its parameters; the others stay as they are."""
+        chosen = self.parameters()
+        risk = copy.copy(self)
+        wanted = self._inventory.trainable(params)
+        risk._selection = [name for name in chosen if name in wanted]
+        return risk
 
     def is_random(self, term: Term) -> bool:
         """Whether a batch's loss draws random numbers (dropout, sampling): one forward pass."""

@@ -136,6 +136,15 @@ def _predicts_next_tokens(model: nn.Module) -> bool:
     return causal or type(model).__name__.endswith("LMHeadModel")
 
 
+def knows_divisor(batch_loss: BatchLoss) -> bool:
+    """Whether a batch loss can tell what it divides by."""
+    if isinstance(batch_loss, autoencoder):
+        batch_loss = batch_loss._supervised
+    if isinstance(batch_loss, supervised):
+        return normaliser_of(batch_loss.loss) is not None
+    return hasattr(batch_loss, "weight")
+
+
 def samples_in(batch: Any) -> float:
     """The number of samples of a batch: the length of its first tensor."""
     for tensor in tensors_in(batch):

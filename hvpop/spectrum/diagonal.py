@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..operators import LinearOperator
 from . import operand, probes
 from .results import DiagonalEstimate
 from .sampling import Band, History, Sampling, sample, student
-from .trace import LeaveOutSampling, LeaveOutState
+from .sketched import LeaveOutSampling, LeaveOutState
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
 
@@ -61,7 +61,7 @@ def diagonal(
     """
     if method not in get_args(DiagonalMethod):
         raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
-    task: Sampling[Any]
+    task: Sampling[_Moments] | Sampling[LeaveOutState]
     if method == "xdiag":
         task = _XDiag(operand.symmetric("diagonal by xdiag", A), rtol, block, seed)
     else:

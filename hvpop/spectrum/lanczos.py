@@ -80,12 +80,10 @@ class Lanczos(Task[Krylov]):
     # -- the steps --------------------------------------------------------------------------------
 
     def start(self) -> Krylov:
-        n, none = self.A.shape[0], torch.empty(0, dtype=torch.float64)
-        Q = torch.zeros(0, n, dtype=self.dtype, device=self.A.device)
         X = self._orthonormal(self._first())
-        square = torch.empty(0, 0, dtype=torch.float64)
-        buffers = [torch.empty(self.basis, n, dtype=Q.dtype, device=Q.device) for _ in range(2)]
-        return Krylov(*buffers, 0, X, square, none, square, none, none, 0.0, 0, False, 0, ())
+        none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
+        Q, W = self._buffer(), self._buffer()
+        return Krylov(Q, W, 0, X, square, none, square, none, none, 0.0, 0, False, 0, ())
 
     def price(self, state: Krylov) -> int:
         return max(1, state.X.shape[1])
@@ -116,7 +114,7 @@ class Lanczos(Task[Krylov]):
         order = _order(theta, self.which)
         theta, S = theta[order], S[:, order]
         estimates = (coupling @ S[-coupling.shape[1] :]).norm(dim=0)
-        worst = estimates[: self.k].max().item() if state.size >= self.k else state.norm
+        worst = estimates[: self.k].max().item() if state.size >= self.k else torch.inf
         history = (*state.history, (state.products, worst))
         state = replace(state, theta=theta, S=S, estimates=estimates, history=history)
         limit = self.rtol * state.norm
@@ -147,16 +145,14 @@ class Lanczos(Task[Krylov]):
             known = state.Q[: self.k].T
             state = self._restarted(state, self.k, self._orthonormal(V, known))
             return replace(state, search=0, residuals=torch.empty(0))
-        spent, full = mu.shape[0], state.size + state.X.shape[1] > state.Q.shape[0]
-        before = state.products - spent
-        possible = any(
-            self._enters(state, end)
-            for value, radius in zip(mu.tolist(), radii.tolist(), strict=True)
-            for end in (value - radius, value + radius, min(max(0.0, value - radius), value + radius))
-        )
-        enough = max(2, before // 15) if not possible else max(2, before // 6)
-        done = spent >= enough or full or state.X.shape[1] == 0
-        return replace(state, done=done)
+        # An eigenvalue lies within the radius of each Ritz value: could it be a wanted one?
+        low, high = mu - radii, mu + radii
+        inner = torch.minimum(low.clamp_min(0.0), high)  # what is closest to zero
+        possible = any(self._enters(state, end) for end in torch.cat([low, high, inner]).tolist())
+        spent = mu.shape[0]
+        enough = max(2, (state.products - spent) // (6 if possible else 15))
+        full = state.size + state.X.shape[1] > state.Q.shape[0]
+        return replace(state, done=spent >= enough or full or state.X.shape[1] == 0)
 
     def _enters(self, state: Krylov, value: float) -> bool:
         """Whether an eigenvalue ``value`` would change the wanted ones by more than the tolerance."""
@@ -181,31 +177,25 @@ class Lanczos(Task[Krylov]):
         ascending = state.theta[:k].argsort()
         Y = state.Q[: state.S.shape[0]].T @ state.S[:, ascending].to(state.Q)
         residuals, _ = self.measured(state)
-        to = {"dtype": self.dtype, "device": self.A.device}
-        return Eigenpairs(
-            state.theta[ascending].to(**to),  # type: ignore[call-overload]
-            Y,
-            residuals[ascending].to(**to),  # type: ignore[call-overload]
-            state.products,
-            status,
-            state.history,
-        )
+        eigenvalues, residuals = state.theta[ascending].to(Y), residuals[ascending].to(Y)
+        return Eigenpairs(eigenvalues, Y, residuals, state.products, status, state.history)
 
     def report(self, state: Krylov) -> str:
         found = int((state.estimates[: self.k] <= self.rtol * state.norm).sum())
-        return f"residual {state.history[-1][1]:.1e}, {found} of {self.k} found"
+        residual = f"residual {state.history[-1][1]:.1e}" if state.history else "start"
+        return f"{residual}, {found} of {self.k} found"
 
     # -- pieces -----------------------------------------------------------------------------------
 
     def _first(self) -> Tensor:
-        """The start: guesses folded into one block by adding them up, with a random tenth.
+        """The start: guesses folded into one block by adding them up, with a random hundredth.
 
         A sum is the better start for a Krylov space than the guesses side by side: after as many
         products both span about the same, but the space of the sum has one direction to follow.
         The random part keeps a guess that is an invariant subspace from hiding the rest.
         """
         Z = self._random(self.block, "start")
-        Z = Z / torch.linalg.vector_norm(Z, dim=0)
+        Z /= torch.linalg.vector_norm(Z, dim=0)
         if self.v0.shape[1] == 0:
             return Z
         V = self.v0.to(self.dtype)
@@ -242,7 +232,7 @@ class Lanczos(Task[Krylov]):
         rows = state.S.shape[0]
         keep = min(keep, rows)
         S = state.S[:, :keep].to(state.Q)
-        Q, W = torch.empty_like(state.Q), torch.empty_like(state.W)
+        Q, W = self._buffer(), self._buffer()
         Q[:keep], W[:keep] = S.T @ state.Q[:rows], S.T @ state.W[:rows]
         theta, eye = state.theta[:keep], torch.eye(keep, dtype=torch.float64)
         return replace(
@@ -254,7 +244,7 @@ class Lanczos(Task[Krylov]):
         """Norms of ``A y - theta y`` and of its part in the space that is searched."""
         k, rows = min(self.k, state.theta.shape[0]), state.S.shape[0]
         S = state.S[:, :k].to(state.Q)
-        theta = state.theta[:k].to(state.Q)
+        theta = state.theta[:k].to(S)
         R = state.W[:rows].T @ S - state.Q[:rows].T @ (S * theta)
         inside = R - self.U @ (self.U.T @ R)
         norms = [torch.linalg.vector_norm(V, dim=0).double().cpu() for V in (R, inside)]
@@ -277,6 +267,10 @@ class Lanczos(Task[Krylov]):
                 V = V - Q @ (Q.T @ V)
             V = torch.linalg.qr(V)[0]
         return V
+
+    def _buffer(self) -> Tensor:
+        n, device = self.A.shape[0], self.A.device
+        return torch.empty(self.basis, n, dtype=self.dtype, device=device)
 
     def _random(self, count: int, *place: object) -> Tensor:
         n, device = self.A.shape[0], self.A.device
@@ -316,7 +310,6 @@ class Lanczos(Task[Krylov]):
 
 
 _RANDOM_PART = 1e-2  # of a warm start
-
 
 
 def _order(theta: Tensor, which: Which) -> Tensor:

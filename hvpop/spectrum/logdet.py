@@ -104,8 +104,9 @@ class _LogDet(Sampling[_State]):
         if j % _EVERY and j < self.steps and not spent:
             return state
         values, open_ends = self._values(quadrature)
-        spread = values.std() / 10 if values.shape[0] > 1 else 0.0
-        settled = open_ends.mean() <= max(spread / 10, 1e-3 * (self.rtol or 0.0) * values.mean().abs())
+        spread = values.std() if values.shape[0] > 1 else 0.0
+        tolerance = max(spread / 100, 1e-3 * (self.rtol or 0.0) * values.mean().abs())
+        settled = open_ends.mean() <= tolerance
         if not settled and j < self.steps and not spent:
             return state
         state = replace(
@@ -131,7 +132,8 @@ class _LogDet(Sampling[_State]):
                 f"logdet expects a positive definite operator, but {self.A!r} has an eigenvalue at or "
                 f"below {nodes[mass].min().item():.2e}; add damping: A + c * Identity.like(A)"
             )
-        return self.A.shape[0] * (weights * torch.where(mass, nodes, 1.0).log()).sum(0)
+        logs: Tensor = (weights * torch.where(mass, nodes, 1.0).log()).sum(0)
+        return logs * self.A.shape[0]
 
     def samples(self, state: _State) -> int:
         return state.values.shape[0]

@@ -114,8 +114,6 @@ def run(
 
 
 def _bar(name: str, total: int) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    from tqdm.auto import tqdm  # seldom needed, and slow to import
+
     return tqdm(desc=name, total=total, unit=" products")

@@ -11,7 +11,7 @@ from . import operand
 from .eigsh import eigsh
 from .results import Estimate
 from .sampling import Band, mean
-from .trace import SplitSampling, SplitState
+from .sketched import SplitSampling, SplitState
 
 
 def frobenius_norm(
@@ -105,12 +105,10 @@ def spectral_norm(
         checkpoint=checkpoint,
     )  # fmt: skip
     theta, residual = found.eigenvalues[0].abs().item(), found.residuals[0].item()
-    value = theta if cost == 1 else theta**0.5
-    high = theta + residual if cost == 1 else (theta + residual) ** 0.5
-    scale = value if cost == 1 else 1.0
+    power = 1 / cost  # of theta that is the norm
+    value, high = theta**power, (theta + residual) ** power
     history = tuple(
-        (cost * products, value, worst / max(scale, 1e-300) * scale) for products, worst in found.history
+        (cost * products, value, (theta + worst) ** power - value)
+        for products, worst in found.history
     )
-    return Estimate(
-        value, high - value, value, high, cost * found.products, found.status, history
-    )
+    return Estimate(value, high - value, value, high, cost * found.products, found.status, history)

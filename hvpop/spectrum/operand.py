@@ -11,18 +11,18 @@ from ..operators import LinearOperator
 
 def symmetric(who: str, A: Any) -> LinearOperator:
     """``A`` linearized, or an error that says why ``who`` cannot use it."""
-    A = operator(who, A)
-    if not A.symmetric:
+    checked = operator(who, A)
+    if not checked.symmetric:
         raise ValueError(f"{who} expects a symmetric operator, got {A!r} with symmetric=False")
-    return A
+    return checked
 
 
 def square(who: str, A: Any) -> LinearOperator:
     """``A`` linearized, or an error if it is not square."""
-    A = operator(who, A)
-    if A.shape[0] != A.shape[1]:
+    checked = operator(who, A)
+    if checked.shape[0] != checked.shape[1]:
         raise ValueError(f"{who} expects a square operator, got {A!r}")
-    return A
+    return checked
 
 
 def operator(who: str, A: Any) -> LinearOperator:

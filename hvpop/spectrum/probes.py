@@ -23,7 +23,8 @@ def gaussian(n: int, count: int, dtype: torch.dtype, device: torch.device, *key:
 def sphere(n: int, count: int, dtype: torch.dtype, device: torch.device, *key: object) -> Tensor:
     """Columns uniform on the sphere of radius sqrt(n)."""
     Z = gaussian(n, count, dtype, device, *key)
-    return Z * (math.sqrt(n) / torch.linalg.vector_norm(Z, dim=0))
+    Z *= math.sqrt(n) / torch.linalg.vector_norm(Z, dim=0)
+    return Z
 
 
 def signs(n: int, count: int, dtype: torch.dtype, device: torch.device, *key: object) -> Tensor:

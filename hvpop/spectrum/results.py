@@ -24,7 +24,9 @@ class Eigenpairs:
     residuals: Tensor  # (k,), the norms of A v - lambda v, from products that were really taken
     products: int  # of A with one vector
     status: Status
-    history: tuple[tuple[int, float], ...] = field(default=())  # (products, largest residual)
+    history: tuple[tuple[int, float], ...] = field(
+        default=()
+    )  # (products, largest residual by recurrence; inf until there are k)
 
     def __repr__(self) -> str:
         k = self.eigenvalues.shape[0]

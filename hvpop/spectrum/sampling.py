@@ -31,11 +31,11 @@ class Band:
 
     def error(self) -> float:
         """Half the width, in the Euclidean norm if there are many entries."""
-        return torch.linalg.vector_norm((self.high - self.low) / 2).item()
+        return float(torch.linalg.vector_norm((self.high - self.low) / 2))
 
     def size(self) -> float:
         """The norm of the value."""
-        return torch.linalg.vector_norm(self.value).item()
+        return float(torch.linalg.vector_norm(self.value))
 
 
 def student(value: Tensor, standard_error: Tensor, samples: int) -> Band:

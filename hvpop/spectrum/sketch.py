@@ -50,7 +50,8 @@ class LeaveOut:
     def empty(n: int, dtype: torch.dtype, device: torch.device) -> LeaveOut:
         big = torch.empty(n, 0, dtype=dtype, device=device)
         small = torch.empty(0, 0, dtype=torch.float64)
-        return LeaveOut(big, big, big, small, small, small, small[0:0, 0:1].reshape(0), small.reshape(0))
+        none = small.reshape(0)
+        return LeaveOut(big, big, big, small, small, small, none, none)
 
     def grown(self, A: LinearOperator, Omega: Tensor, *, keep: bool) -> LeaveOut:
         """After two block products more; ``keep`` says whether to keep ``A Q``."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +13,8 @@ from ..operators import LinearOperator
 from . import operand, probes
 from .results import Estimate
 from .sampling import Band, History, Sampling, mean, student
-from .sketch import LeaveOut, Split
+from .sketch import LeaveOut
+from .sketched import LeaveOutSampling, LeaveOutState, SplitSampling, SplitState
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 
@@ -80,7 +80,7 @@ def trace(
 
 
 @dataclass(frozen=True)
-class Samples:
+class _Samples:
     """Independent samples of a number or of one for every entry."""
 
     values: Tensor  # (N,), float64 on the host
@@ -88,64 +88,25 @@ class Samples:
     history: History = ()
 
 
-class _Hutchinson(Sampling[Samples]):
-    name, unit, state_type = "trace by hutchinson", 1, Samples
+class _Hutchinson(Sampling[_Samples]):
+    name, unit, state_type = "trace by hutchinson", 1, _Samples
 
-    def start(self) -> Samples:
-        return Samples(torch.empty(0, dtype=torch.float64))
+    def start(self) -> _Samples:
+        return _Samples(torch.empty(0, dtype=torch.float64))
 
-    def advance(self, state: Samples, left: int) -> Samples:
+    def advance(self, state: _Samples, left: int) -> _Samples:
         n, count = self.A.shape[0], self.count(left)
         V = probes.signs(n, count, *self.like().values(), self.seed, self.name, state.products)
         values = (V * (self.A @ V)).sum(0).double().cpu()
-        return self.noted(Samples(torch.cat([state.values, values]), state.products + count, state.history))
+        return self.noted(
+            _Samples(torch.cat([state.values, values]), state.products + count, state.history)
+        )
 
-    def samples(self, state: Samples) -> int:
+    def samples(self, state: _Samples) -> int:
         return state.values.shape[0]
 
-    def read(self, state: Samples) -> Band:
+    def read(self, state: _Samples) -> Band:
         return mean(state.values)
-
-
-@dataclass(frozen=True)
-class SplitState:
-    """A `Split`, with its price and past."""
-
-    split: Split
-    products: int = 0
-    history: History = ()
-
-
-class SplitSampling(Sampling[SplitState]):
-    """Rounds of a `Split`: a sketch, its basis, and probes for what is outside."""
-
-    unit, state_type = 3, SplitState
-
-    def start(self) -> SplitState:
-        return SplitState(Split.empty(self.A, self.dtype))
-
-    def advance(self, state: SplitState, left: int) -> SplitState:
-        (m, n), count = self.A.shape, self.count(left)
-        place = (self.seed, self.name, state.products)
-        sketch = probes.gaussian(m, count, *self.like().values(), *place, "sketch")
-        G = probes.signs(n, count, *self.like().values(), *place, "probe")
-        split = state.split.grown(self.A, sketch, G)
-        return self.noted(SplitState(split, state.products + 3 * count, state.history))
-
-    def samples(self, state: SplitState) -> int:
-        return state.split.G.shape[1]
-
-    def exhausted(self, state: SplitState) -> bool:
-        return state.split.Q.shape[1] == state.split.Q.shape[0]
-
-    def pack(self, state: SplitState) -> dict[str, Any]:
-        packed = super().pack(state)
-        return {**parts(packed.pop("split")), **packed}
-
-    def unpack(self, saved: Mapping[str, Any]) -> SplitState:
-        names = [field.name for field in fields(Split)]
-        rest = {key: value for key, value in saved.items() if key not in names}
-        return super().unpack({"split": Split(*(saved[name] for name in names)), **rest})
 
 
 class _HutchPlusPlus(SplitSampling):
@@ -157,50 +118,6 @@ class _HutchPlusPlus(SplitSampling):
         PG, APG = split.outside()
         band = mean((PG * APG).sum(0).double().cpu())
         return Band(band.value + inside, band.standard_error, band.low + inside, band.high + inside)
-
-
-@dataclass(frozen=True)
-class LeaveOutState:
-    """A `LeaveOut`, with its price and past."""
-
-    sketch: LeaveOut
-    products: int = 0
-    history: History = ()
-
-
-class LeaveOutSampling(Sampling[LeaveOutState]):
-    """Rounds of a `LeaveOut` sketch, in which every probe is left out in turn."""
-
-    unit, state_type = 2, LeaveOutState
-    keep = False  # whether the estimate needs A Q itself
-
-    def start(self) -> LeaveOutState:
-        return LeaveOutState(LeaveOut.empty(self.A.shape[0], self.dtype, self.A.device))
-
-    def probes(self, count: int, place: int) -> Tensor:
-        """Fresh probes, ``(n, count)``."""
-        raise NotImplementedError
-
-    def advance(self, state: LeaveOutState, left: int) -> LeaveOutState:
-        n, N = state.sketch.Q.shape
-        count = min(self.count(left), n - N)
-        sketch = state.sketch.grown(self.A, self.probes(count, state.products), keep=self.keep)
-        return self.noted(LeaveOutState(sketch, state.products + 2 * count, state.history))
-
-    def samples(self, state: LeaveOutState) -> int:
-        return state.sketch.Q.shape[1]
-
-    def exhausted(self, state: LeaveOutState) -> bool:
-        return state.sketch.Q.shape[1] == state.sketch.Q.shape[0]
-
-    def pack(self, state: LeaveOutState) -> dict[str, Any]:
-        packed = super().pack(state)
-        return {**parts(packed.pop("sketch")), **packed}
-
-    def unpack(self, saved: Mapping[str, Any]) -> LeaveOutState:
-        names = [field.name for field in fields(LeaveOut)]
-        rest = {key: value for key, value in saved.items() if key not in names}
-        return super().unpack({"sketch": LeaveOut(*(saved[name] for name in names)), **rest})
 
 
 class _XTrace(LeaveOutSampling):
@@ -219,7 +136,7 @@ class _XTrace(LeaveOutSampling):
         ``cov(t_i, t_j) = E (t_i - t_ij)(t_j - t_ji)``, because the rest has mean zero given either.
         A negative estimate of it is taken as zero.
         """
-        one, two = leave_out_traces(state.sketch, self.A.shape[0])
+        one, two = _leave_out_traces(state.sketch, self.A.shape[0])
         N = one.shape[0]
         if N < 2:
             return student(one.mean(), one.mean(), N)
@@ -230,7 +147,7 @@ class _XTrace(LeaveOutSampling):
         return student(one.mean(), variance.sqrt(), N)
 
 
-def leave_out_traces(sketch: LeaveOut, n: int) -> tuple[Tensor, Tensor]:
+def _leave_out_traces(sketch: LeaveOut, n: int) -> tuple[Tensor, Tensor]:
     """``t_i``, ``(N,)``, and ``t_ij``, at ``[j, i]``, ``(N, N)``; ``O(N^3)`` on the host."""
     S, rho = sketch.directions()
     H, W, R = sketch.H, sketch.W, sketch.R
@@ -253,8 +170,3 @@ def leave_out_traces(sketch: LeaveOut, n: int) -> tuple[Tensor, Tensor]:
     forms = form + 2 * (alpha - a) * rho - 2 * alpha * d - 2 * beta * D
     forms = forms + alpha**2 * k + 2 * alpha * beta * K + beta**2 * k[:, None]
     return one, H.trace() - lost + (n - N + 2) / lengths * forms
-
-
-def parts(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, not copied."""
-    return {field.name: getattr(record, field.name) for field in fields(record)}

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
 from .compiling.program import Program, first_line
-from .compiling.tracing import Untraceable
+from .compiling.tracing import UntraceableError
 from .reverse import ReverseOverReverse
 
 _REVERSE = ReverseOverReverse()
@@ -107,7 +107,7 @@ class Compiled(HVPStrategy):
             key = (fn, *_signature((params, args)))
             if key not in self._programs:
                 self._programs[key] = self._traced(fn, params, args)
-        except Untraceable as error:
+        except UntraceableError as error:
             self.complain([f"the product cannot be traced ({error})"])
             return None
         self._programs.move_to_end(key)
@@ -136,7 +136,7 @@ class Compiled(HVPStrategy):
         v = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params.values()]
         try:
             return Program(product, [t.detach() for t in inputs], v, compiler=self.compiler)
-        except Untraceable as error:
+        except UntraceableError as error:
             self.complain([f"the product cannot be traced ({error})"])
         except Exception as error:  # whatever Python or torch code does that a trace cannot follow
             self.complain([f"the product cannot be traced ({first_line(error)})"])
@@ -229,7 +229,7 @@ def agree(result: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     error = math.hypot(*(float((a - b).norm()) for a, b in zip(result, expected, strict=True)))
     size = math.hypot(*(float(b.norm()) for b in expected))
     eps = max(torch.finfo(b.dtype).eps for b in expected)
-    return error <= 4 * eps ** (2 / 3) * size
+    return bool(error <= 4 * eps ** (2 / 3) * size)
 
 
 def _generic(params: Params) -> Params:
@@ -255,11 +255,13 @@ def _signature(arguments: object) -> tuple[Hashable, ...]:
 def _kind(leaf: object) -> Hashable:
     if isinstance(leaf, Tensor):
         if leaf.layout is not torch.strided:
-            raise Untraceable(f"a tensor is {leaf.layout}")
+            raise UntraceableError(f"a tensor is {leaf.layout}")
         return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     if leaf is None or isinstance(leaf, _CONSTANTS):
         return type(leaf), leaf
-    raise Untraceable(f"an argument is a {type(leaf).__name__}, neither a tensor nor a constant")
+    raise UntraceableError(
+        f"an argument is a {type(leaf).__name__}, neither a tensor nor a constant"
+    )
 
 
 def _tensors(arguments: object) -> list[Tensor]:

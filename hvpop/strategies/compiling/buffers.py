@@ -5,26 +5,24 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
-aten = torch.ops.aten
+from .sums import args_of, aten
 
 
 def fuse_additions(graph_module: fx.GraphModule) -> None:
     """``beta c + alpha A B`` as the one BLAS call that it is."""
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        total, product = node.args
-        if not isinstance(product, fx.Node) or not isinstance(total, fx.Node):
-            continue
+        total, product = args_of(node)
         fused = _FUSED.get(product.target)
         if fused is None or len(product.users) > 1 or _like(product) != _like(node):
             continue
         scales = dict(node.kwargs)
-        if total.target is aten.mul.Tensor and isinstance(total.args[1], float):
-            if len(total.users) == 1:
-                total, scales["beta"] = total.args
+        if total.target is aten.mul.Tensor and len(total.users) == 1:
+            whole, beta = args_of(total)
+            if isinstance(beta, float):
+                total, scales["beta"] = whole, beta
         with graph.inserting_before(node):
             call = graph.call_function(fused, (total, *product.args), scales)
         call.meta = node.meta.copy()
@@ -43,10 +41,10 @@ def spell_out_scales(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         if "alpha" in node.kwargs:
-            a, b = node.args
+            a, b = args_of(node)
             with graph.inserting_before(node):
                 scaled = graph.call_function(aten.mul.Tensor, (b, node.kwargs["alpha"]))
-            scaled.meta = b.meta.copy()  # type: ignore[union-attr]
+            scaled.meta = b.meta.copy()
             node.args, node.kwargs = (a, scaled), {}
     graph_module.recompile()
 
@@ -82,7 +80,7 @@ def owned(node: fx.Node) -> bool:
 
 def _free(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether the node may overwrite its first operand."""
-    operand, *others = node.args
+    operand, *others = args_of(node)
     if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not owned(operand):
         return False
     if operand in others:

@@ -44,7 +44,7 @@ class Program:
         seconds: dict[Run, float] = {}
         for name, way in ways.items():
             if is_right(way(*residuals, *v)):
-                seconds[way] = _seconds(lambda way=way: way(*residuals, *v)) if len(ways) > 1 else 0
+                seconds[way] = _seconds(way, [*residuals, *v]) if len(ways) > 1 else 0.0
             else:
                 complaints.append(f"the {name} product disagreed with the strategy's")
         self.run = min(seconds, key=seconds.__getitem__, default=None)
@@ -113,7 +113,8 @@ def _compiled(product: fx.GraphModule, arguments: Sequence[Tensor]) -> Run:
     # arguments at every call costs more than a small product.
     copy = _copy(product)
     spell_out_scales(copy)
-    return torch._inductor.compile(copy, list(arguments))
+    run: Run = torch._inductor.compile(copy, list(arguments))
+    return run
 
 
 def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -122,12 +123,12 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, graph)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The best of three."""
+def _seconds(run: Run, arguments: Sequence[Tensor]) -> float:
+    """The best time of three."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        call()
+        run(*arguments)
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -1,8 +1,7 @@
-"""Rules: what each ATen operation does to a sum. None stands for "nothing special"."""
+"""Rules: what ATen operations do to values not computed yet. None stands for "nothing special"."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .sums import Scalar, Sum, Term, Value, Writer, aten, broadcast, divided, shape_of
+from .convolutions import fewer_taps
+from .sums import Scalar, Sum, Term, Value, Writer, args_of, aten, broadcast, divided, shape_of
+from .views import expand, permute, reshape
 
 Rule = Callable[..., Value | None]
 """``rule(writer, node, *args, **kwargs)``: the old node, and its arguments in the new graph."""
@@ -23,7 +24,7 @@ def _add(w: Writer, node: fx.Node, a: Any, b: Any, *, alpha: Scalar = 1) -> Valu
     shape = shape_of(node)
     if _is_zero(a) or _is_zero(b):
         return replace(w.scaled(b, alpha) if _is_zero(a) else w.sum_of(a), shape=shape)
-    if not (w.varies(a) and w.varies(b) and _alike(node, *node.args)):
+    if not (w.varies(a) and w.varies(b) and _alike(node, *args_of(node))):
         return None
     return w.plus(shape, w.sum_of(a).terms + w.scaled(b, alpha).terms)
 
@@ -37,7 +38,7 @@ def _neg(w: Writer, node: fx.Node, a: Value) -> Value:
 
 
 def _mul(w: Writer, node: fx.Node, a: Any, b: Any) -> Value | None:
-    if not _alike(node, *node.args):
+    if not _alike(node, *args_of(node)):
         return None
     if not w.varies(a):
         a, b = b, a
@@ -47,7 +48,7 @@ def _mul(w: Writer, node: fx.Node, a: Any, b: Any) -> Value | None:
 
 
 def _div(w: Writer, node: fx.Node, a: Any, b: Any) -> Value | None:
-    if w.varies(b) or not _alike(node, *node.args):
+    if w.varies(b) or not _alike(node, *args_of(node)):
         return None
     if isinstance(b, fx.Node):
         return w.times(a, w.call(aten.reciprocal.default, b))
@@ -56,7 +57,7 @@ def _div(w: Writer, node: fx.Node, a: Any, b: Any) -> Value | None:
 
 def _chain(w: Writer, node: fx.Node, grad: Value, *rest: Any) -> Value | None:
     """Backward of an element-wise function: the gradient times a derivative that v does not touch."""
-    if w.varies(rest) or not _alike(node, node.args[0]):
+    if w.varies(rest) or not _alike(node, args_of(node)[0]):
         return None
     return w.times(grad, w.call(node.target, _constant(w, aten.ones.default, node), *rest))
 
@@ -65,7 +66,7 @@ def _softmax_backward(
     w: Writer, node: fx.Node, grad: Value, y: fx.Node, dim: int, dtype: torch.dtype
 ) -> Value | None:
     """``y g - y sum(y g)``."""
-    if w.varies(y) or not _alike(node, *node.args[:2]):
+    if w.varies(y) or not _alike(node, *args_of(node)[:2]):
         return None
     weighted = w.written(w.times(grad, y))
     total = w.call(aten.sum.dim_IntList, weighted, [dim], True)
@@ -76,7 +77,7 @@ def _log_softmax_backward(
     w: Writer, node: fx.Node, grad: Value, y: fx.Node, dim: int, dtype: torch.dtype
 ) -> Value | None:
     """``g - exp(y) sum(g)``."""
-    if w.varies(y) or not _alike(node, *node.args[:2]):
+    if w.varies(y) or not _alike(node, *args_of(node)[:2]):
         return None
     whole = w.written(grad)
     total = w.call(aten.sum.dim_IntList, whole, [dim], True)
@@ -84,77 +85,11 @@ def _log_softmax_backward(
 
 
 def _copy(w: Writer, node: fx.Node, a: Value, **options: Any) -> Value | None:
-    return a if _alike(node, node.args[0]) else None
+    return a if _alike(node, args_of(node)[0]) else None
 
 
 def _zeros_like(w: Writer, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     return _constant(w, aten.zeros.default, node)
-
-
-# -- changes of shape ----------------------------------------------------------------------------------
-
-
-def _expand(w: Writer, node: fx.Node, a: Value, size: Any, **_: Any) -> Value:
-    return replace(w.sum_of(a), shape=shape_of(node))
-
-
-def _reshape(w: Writer, node: fx.Node, a: Value, *_: Any) -> Value:
-    shape = list(shape_of(node))
-
-    def view(x: fx.Node) -> fx.Node:
-        while x.target is aten.reshape.default:
-            x = x.args[0]  # type: ignore[assignment]
-        return x if list(shape_of(x)) == shape else w.call(aten.reshape.default, x, shape)
-
-    return _moved(w, a, view)
-
-
-def _permute(w: Writer, node: fx.Node, a: Value, *dims: Any) -> Value:
-    ndim = len(shape_of(node))
-    order = list(range(ndim))
-    if node.target is aten.permute.default:
-        order = [d % ndim for d in dims[0]]
-    elif ndim > 1:
-        i, j = (d % ndim for d in dims) if dims else (0, 1)
-        order[i], order[j] = order[j], order[i]
-
-    def view(x: fx.Node) -> fx.Node:
-        rewritten = None
-        if order == _flipped(ndim) and len(node.args[0].users) == 1:  # type: ignore[union-attr]
-            rewritten = _transposed_product(w, x)
-        elif order == _swapped(ndim):
-            rewritten = _weight_gradient(w, x)
-        return rewritten or _permuted(w, x, order)
-
-    return _moved(w, a, view)
-
-
-def _moved(w: Writer, a: Value, view: Callable[[fx.Node], fx.Node]) -> Value:
-    """A change of shape goes through a single term that fills its shape; others are computed first."""
-    total = w.sum_of(a)
-    term = total.single
-    if term is None:
-        return view(w.written(total))
-    atom = view(term.atom)
-    factor = None if term.factor is None else view(term.factor)
-    return Sum(shape_of(atom), (Term(term.scale, factor, atom),))
-
-
-def _permuted(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
-    while x.target is aten.permute.default:
-        order = [x.args[1][d] for d in order]  # type: ignore[index]
-        x = x.args[0]  # type: ignore[assignment]
-    return x if order == sorted(order) else w.call(aten.permute.default, x, order)
-
-
-def _flipped(ndim: int) -> list[int]:
-    """Last two axes exchanged."""
-    return [*range(ndim - 2), ndim - 1, ndim - 2]
-
-
-def _swapped(ndim: int) -> list[int]:
-    """First two axes exchanged."""
-    return [1, 0, *range(2, ndim)]
 
 
 # -- products ------------------------------------------------------------------------------------------
@@ -163,13 +98,11 @@ def _swapped(ndim: int) -> list[int]:
 def _linear(w: Writer, node: fx.Node, *args: Any, **kwargs: Any) -> Value | None:
     """An operation linear in each operand: a number in front of the operand goes in front of it."""
     varying = [i for i, a in enumerate(args) if w.varies(a)]
-    position = varying[0]
-    if len(varying) != 1 or not isinstance(args[position], Sum):
+    operand = args[varying[0]]
+    term = operand.single if isinstance(operand, Sum) else None
+    if len(varying) > 1 or term is None or term.factor is not None:
         return None
-    term = args[position].single
-    if term is None or term.factor is not None:
-        return None
-    plain = [*args[:position], term.atom, *args[position + 1 :]]
+    plain = [term.atom if a is operand else a for a in args]
     return w.scaled(w.call(node.target, *plain, **kwargs), term.scale)
 
 
@@ -177,18 +110,18 @@ def _sum(
     w: Writer, node: fx.Node, a: Value, dims: list[int], keepdim: bool = False, **kwargs: Any
 ) -> Value | None:
     """A sum: the parts of the factor that are constant along the summed axes go in front of it."""
-    total = w.sum_of(a)
-    term = total.single
+    term = w.sum_of(a).single
     if term is None or term.factor is None or kwargs or not dims:
         return _linear(w, node, a, dims, keepdim, **kwargs)
-    ndim = len(total.shape)
-    kept = [1 if i in {d % ndim for d in dims} else n for i, n in enumerate(total.shape)]
+    shape = list(shape_of(term.atom))
+    for d in dims:
+        shape[d] = 1
     scale, factor, in_front = term.scale, term.factor, []
     while True:
         large, small = divided(factor)
         if isinstance(small, Scalar):
             scale *= small
-        elif small is not None and broadcast(shape_of(small), kept) == tuple(kept):
+        elif small is not None and broadcast(shape_of(small), shape) == tuple(shape):
             in_front.append(small)
         else:
             break
@@ -197,70 +130,12 @@ def _sum(
     result: Value = w.call(aten.sum.dim_IntList, product, dims, True)
     for small in in_front:
         result = w.times(result, small)
-    return _reshape(w, node, w.scaled(result, scale))
-
-
-def _transposed_product(w: Writer, x: fx.Node) -> fx.Node | None:
-    """``(A B)^T`` as ``B^T A^T``, which BLAS reads as it lies and writes in order."""
-    if x.target not in (aten.mm.default, aten.bmm.default):
-        return None
-    left, right = (_permuted(w, side, _flipped(len(shape_of(side)))) for side in x.args)  # type: ignore[arg-type]
-    return w.call(x.target, right, left)
-
-
-def _weight_gradient(w: Writer, x: fx.Node) -> fx.Node | None:
-    """The gradient of a convolution's weight, which double backward writes as another convolution.
-
-    That one sums over the batch as if it were channels; the kernel made for the purpose takes half
-    the time or less.
-    """
-    if x.target is not aten.convolution.default:
-        return None
-    batch, grad, bias, dilation, padding, stride, transposed, output_padding, groups = x.args
-    if bias is not None or transposed or groups != 1:
-        return None
-    swapped = _swapped(len(shape_of(x)))
-    sources = [_source(side, swapped) for side in (batch, grad)]
-    if None in sources:
-        return None
-    batch, grad = sources
-    kernel = [*shape_of(x)[1::-1], *shape_of(x)[2:]]
-    return _gradient_of_weight(
-        w, grad, batch, kernel, stride, padding, dilation, False, output_padding, groups
-    )
-
-
-def _source(x: fx.Node, order: list[int]) -> fx.Node | None:
-    """What ``x`` is a transposition of."""
-    if x.target is aten.permute.default and list(x.args[1]) == order:  # type: ignore[arg-type]
-        return x.args[0]  # type: ignore[return-value]
-    if x.target is aten.transpose.int and sorted(x.args[1:]) == [0, 1] and order[:2] == [1, 0]:  # type: ignore[type-var]
-        return x.args[0]  # type: ignore[return-value]
-    return None
-
-
-def _gradient_of_weight(
-    w: Writer, grad: fx.Node, batch: fx.Node, kernel: list[int], *options: Any
-) -> fx.Node | None:
-    stride, padding, dilation, *_ = options
-    sizes = zip(shape_of(batch)[2:], kernel[2:], stride, padding, dilation, strict=True)
-    swept = tuple((n + 2 * p - d * (k - 1) - 1) // t + 1 for n, k, t, p, d in sizes)
-    if swept != shape_of(grad)[2:]:
-        return None
-    like = grad.meta["val"]
-    weight = w.call(aten.zeros.default, kernel, dtype=like.dtype, device=like.device)
-    arguments = (grad, batch, weight, None, *options, [False, True, False])
-    return w.call(operator.getitem, w.call(aten.convolution_backward.default, *arguments), 1)
+    return reshape(w, node, w.scaled(result, scale))
 
 
 def _slice(w: Writer, node: fx.Node, a: Value, dim: int = 0, *bounds: Any) -> Value | None:
-    """A part of the taps of a weight gradient: the others are not computed."""
-    if isinstance(a, fx.Node) and a.target is operator.getitem and a.args[1] == 1:
-        grad, batch, _, _, *options, mask = a.args[0].args  # type: ignore[union-attr]
-        is_gradient = a.args[0].target is aten.convolution_backward.default  # type: ignore[union-attr]
-        if is_gradient and mask == [False, True, False] and dim > 1 and bounds[:1] == (0,):
-            return _gradient_of_weight(w, grad, batch, list(shape_of(node)), *options)  # type: ignore[arg-type]
-    return _linear(w, node, a, dim, *bounds)
+    fewer = fewer_taps(w, node, a, dim, bounds[0]) if len(bounds) == 2 else None
+    return fewer or _linear(w, node, a, dim, *bounds)
 
 
 # -- helpers and tables ----------------------------------------------------------------------------------
@@ -334,7 +209,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.mul.Scalar: _mul,
     aten.div.Tensor: _div,
     aten.div.Scalar: _div,
-    aten.expand.default: _expand,
+    aten.expand.default: expand,
     aten.zeros_like.default: _zeros_like,
     **dict.fromkeys(_COPIES, _copy),
     **dict.fromkeys(_CHAIN, _chain),
@@ -343,8 +218,8 @@ ELEMENTWISE: dict[Any, Rule] = {
 
 THROUGH: dict[Any, Rule] = {
     aten.sum.dim_IntList: _sum,
-    **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(_PERMUTES, _permute),
+    **dict.fromkeys(_RESHAPES, reshape),
+    **dict.fromkeys(_PERMUTES, permute),
 }
 """These take a single term as it is."""
 

@@ -6,8 +6,7 @@ import torch
 from torch import fx
 
 from .buffers import owned
-
-aten = torch.ops.aten
+from .sums import args_of, aten
 
 
 def split(graph_module: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -42,7 +41,7 @@ def split(graph_module: fx.GraphModule, n_fixed: int) -> tuple[fx.GraphModule, f
     for node in nodes:
         if node in varying and node not in copies:
             copies[node] = product.node_copy(node, copies.__getitem__)
-    results = [copies[node] for node in output.args[0]]  # type: ignore[union-attr]
+    results = [copies[node] for node in args_of(output)[0]]
     product.output(tuple(_own(product, result, results) for result in results))
     return fx.GraphModule(graph_module, prepare), fx.GraphModule(graph_module, product)
 

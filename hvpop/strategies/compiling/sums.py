@@ -155,15 +155,17 @@ class Writer:
         more terms that share their factor. (Sums are left alone: ``s (x - mean)`` must not become
         ``s x - s mean``, which cancels.)
         """
-        while term.factor is not None:
-            large, small = divided(term.factor)
+        scale, factor, atom = term.scale, term.factor, term.atom
+        while factor is not None:
+            large, small = divided(factor)
             if isinstance(small, Scalar):
-                term = Term(term.scale * small, large, term.atom)
-            elif small is not None and size_of(term.atom, small) < size_of(term.factor):
-                term = Term(term.scale, large, self.call(aten.mul.Tensor, term.atom, small))
+                scale *= small
+            elif small is not None and size_of(atom, small) < size_of(factor):
+                atom = self.call(aten.mul.Tensor, atom, small)
             else:
                 break
-        return term
+            factor = large
+        return Term(scale, factor, atom)
 
     def _merged_by_factor(self, terms: Iterable[Term]) -> list[Term]:
         """``P a + P b`` as ``P (a + b)``."""
@@ -197,16 +199,14 @@ class Writer:
 def divided(factor: fx.Node) -> tuple[fx.Node, fx.Node | Scalar | None]:
     """``P q`` as ``(P, q)`` if q is a number or smaller than the product, else ``(P q, None)``."""
     if factor.target is aten.neg.default:
-        return factor.args[0], -1  # type: ignore[return-value]
-    if factor.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(factor.args[1], Scalar):
-        return factor.args[0], 1 / factor.args[1]  # type: ignore[return-value]
+        return args_of(factor)[0], -1
+    if factor.target in (aten.div.Tensor, aten.div.Scalar):
+        large, small = args_of(factor)
+        return (large, 1 / small) if isinstance(small, Scalar) else (factor, None)
     if factor.target in (aten.mul.Tensor, aten.mul.Scalar):
-        for large, small in (factor.args, factor.args[::-1]):
-            if isinstance(large, fx.Node) and isinstance(small, Scalar):
+        for large, small in (args_of(factor), args_of(factor)[::-1]):
+            if isinstance(small, Scalar) or size_of(small) < size_of(factor) == size_of(large):
                 return large, small
-            if isinstance(large, fx.Node) and isinstance(small, fx.Node):
-                if size_of(small) < size_of(factor) == size_of(large):
-                    return large, small
     return factor, None
 
 
@@ -214,6 +214,11 @@ def _cost_of_starting_with(term: Term) -> tuple[bool, bool, bool]:
     """A sum starts from what is there already; matrix products come last, to be added in place."""
     is_product = term.atom.target in (aten.mm.default, aten.bmm.default)
     return is_product, term.factor is not None or term.scale != 1, term.scale != 1
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """The node's arguments, which are what its operation makes of them."""
+    return node.args
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-aten = torch.ops.aten
 
-
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """The function has no graph that is right for every product; the message says why."""
 
 
@@ -24,7 +22,7 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.G
 
     Raises
     ------
-    Untraceable
+    UntraceableError
         If the graph draws random numbers, or writes to something that outlives one call.
     """
     graph_module = _pure(fn, inputs)
@@ -33,9 +31,9 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.G
         graph_module = _pure(torch.func.functionalize(graph_module, remove="mutations"), inputs)
     for node in graph_module.graph.nodes:
         if _mutable(node):
-            raise Untraceable(f"{node.target} writes to an input or to a captured tensor")
+            raise UntraceableError(f"{node.target} writes to an input or to a captured tensor")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise Untraceable(f"{node.target} draws random numbers")
+            raise UntraceableError(f"{node.target} draws random numbers")
     return graph_module
 
 

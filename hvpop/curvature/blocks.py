@@ -1,0 +1,85 @@
+"""Blocks of a Hessian: some parameters against others, and the block diagonal of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ..operators import BlockDiagonal, LinearOperator, Selection
+from ..operators.algebra import Product, Transposed
+from ..risk.modules import Selection as Chosen
+
+if TYPE_CHECKING:
+    from .hessian import HessianOperator
+
+Grouping = Literal["layer", "parameter"] | Callable[[str], str]
+"""By module, by parameter, or by whatever a function of the parameter's name returns."""
+
+
+def block(H: HessianOperator, rows: Chosen, cols: Chosen = None) -> LinearOperator:
+    """The block of ``H`` for the parameters ``rows`` and ``cols`` (by default the same).
+
+    See `HessianOperator.block`.
+    """
+    row_names = list(H.risk.restricted(rows).parameters())
+    col_names = row_names if cols is None else list(H.risk.restricted(cols).parameters())
+    joint = type(H).from_risk(H.risk.restricted([*row_names, *col_names]), strategy=H.strategy)
+    if row_names == col_names:
+        return joint
+    return Product(_picked(joint, row_names), joint, Transposed(_picked(joint, col_names)))
+
+
+def block_diagonal(H: HessianOperator, by: Grouping = "layer") -> LinearOperator:
+    """``H`` without what couples one group of parameters to another, same shape and order.
+
+    Parameters
+    ----------
+    H : HessianOperator
+        Live; the result follows the model as ``H`` does, and can be linearized.
+    by
+        ``"layer"`` groups the parameters of each module, ``"parameter"`` each by itself; or a
+        function from a parameter's name to its group.
+
+    Notes
+    -----
+    Each block makes a pass over the data for each product; linearize to read them once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import HessianOperator, block_diagonal
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    >>> H = HessianOperator(model, torch.nn.MSELoss(), [(torch.ones(4, 2), torch.ones(4, 1))])
+    >>> block_diagonal(H).parts
+    (<9x9 HessianOperator float32 cpu>, <4x4 HessianOperator float32 cpu>)
+    """
+    group_of = _BY[by] if isinstance(by, str) else by
+    groups: dict[str, list[str]] = {}
+    for name in H.layout.names:
+        groups.setdefault(group_of(name), []).append(name)
+    blocks = BlockDiagonal([block(H, names) for names in groups.values()])
+    order = [name for names in groups.values() for name in names]
+    if order == list(H.layout.names):
+        return blocks
+    P = _picked(H, order)
+    return Product(Transposed(P), blocks, P)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _itself(name: str) -> str:
+    return name
+
+
+_BY: dict[str, Callable[[str], str]] = {"layer": _layer, "parameter": _itself}
+
+
+def _picked(H: HessianOperator, names: list[str]) -> Selection:
+    """The selection of some parameters' entries, in the order of ``names``."""
+    places = dict(H.layout.slices())
+    index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
+    return Selection(index, H.shape[0], dtype=H.torch_dtype, device=H.device)

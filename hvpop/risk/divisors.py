@@ -1,0 +1,61 @@
+"""Noticing that an opaque loss divides by something that its batches' weights do not know of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class DivisorWatch(TorchFunctionMode):
+    """Looks at the cross entropies that a loss of the user's calls.
+
+    A function such as ``lambda z, y: F.cross_entropy(z, y, weight=w)`` divides by the class weights
+    of its targets, or by the number of targets not ignored, but does not say so. Batches can then
+    not be weighted by their samples.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self.found is None and (func is F.cross_entropy or func is F.nll_loss):
+            self.found = _divisor(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def refuse(self) -> None:
+        """Raise if batches cannot be weighted by samples."""
+        if self.found is not None:
+            raise ValueError(
+                f"the loss divides by {self.found}, which differs from batch to batch and cannot be "
+                "told from outside; pass the loss as torch.nn.CrossEntropyLoss(...) or "
+                "functools.partial(F.cross_entropy, ...), or average=Average(weight=...) with a "
+                "function that returns the divisor of a batch"
+            )
+
+
+def _divisor(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> str | None:
+    if reduction != "mean" or target.is_floating_point() or type(target) is not Tensor:
+        return None
+    if weight is not None:
+        return "the class weights of its targets"
+    return "the number of targets not ignored" if (target == ignore_index).any() else None

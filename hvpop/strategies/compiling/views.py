@@ -1,0 +1,79 @@
+"""Views: changes of shape, pushed through a single term or cancelled against one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from .convolutions import weight_gradient
+from .sums import Sum, Term, Value, Writer, args_of, aten, shape_of
+
+
+def expand(w: Writer, node: fx.Node, a: Value, *_: Any, **__: Any) -> Value:
+    return replace(w.sum_of(a), shape=shape_of(node))
+
+
+def reshape(w: Writer, node: fx.Node, a: Value, *_: Any) -> Value:
+    shape = list(shape_of(node))
+
+    def view(x: fx.Node) -> fx.Node:
+        while x.target is aten.reshape.default:
+            x = args_of(x)[0]
+        return x if list(shape_of(x)) == shape else w.call(aten.reshape.default, x, shape)
+
+    return _moved(w, a, view)
+
+
+def permute(w: Writer, node: fx.Node, a: Value, *dims: Any) -> Value:
+    """For ``permute``, ``transpose`` and ``t``."""
+    ndim = len(shape_of(node))
+    order = list(range(ndim))
+    if node.target is aten.permute.default:
+        order = [d % ndim for d in dims[0]]
+    elif ndim > 1:
+        i, j = (d % ndim for d in dims) if dims else (0, 1)
+        order[i], order[j] = order[j], order[i]
+    read_once = len(args_of(node)[0].users) == 1
+
+    def view(x: fx.Node) -> fx.Node:
+        special = None
+        if order == _flipped(ndim) and read_once:
+            special = _transposed_product(w, x)
+        elif order == [1, 0, *range(2, ndim)]:
+            special = weight_gradient(w, x)
+        return special or _permuted(w, x, order)
+
+    return _moved(w, a, view)
+
+
+def _moved(w: Writer, a: Value, view: Callable[[fx.Node], fx.Node]) -> Value:
+    total = w.sum_of(a)
+    term = total.single
+    if term is None:
+        return view(w.written(total))
+    atom = view(term.atom)
+    factor = None if term.factor is None else view(term.factor)
+    return Sum(shape_of(atom), (Term(term.scale, factor, atom),))
+
+
+def _permuted(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
+    while x.target is aten.permute.default:
+        x, inner = args_of(x)
+        order = [inner[d] for d in order]
+    return x if order == sorted(order) else w.call(aten.permute.default, x, order)
+
+
+def _transposed_product(w: Writer, x: fx.Node) -> fx.Node | None:
+    """``(A B)'`` as ``B' A'``, which BLAS reads as it lies and writes in order."""
+    if x.target not in (aten.mm.default, aten.bmm.default):
+        return None
+    left, right = (_permuted(w, side, _flipped(len(shape_of(side)))) for side in args_of(x))
+    return w.call(x.target, right, left)
+
+
+def _flipped(ndim: int) -> list[int]:
+    """The order of axes with the last two exchanged."""
+    return [*range(ndim - 2), ndim - 1, ndim - 2]

@@ -1,0 +1,248 @@
+"""eigsh: right pairs on every kind of spectrum, true residuals, few products."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+
+from hvpop import Dense, Diagonal, FromFunction, LinearOperator
+from hvpop.spectrum import eigsh
+
+from .spectra import F64, SPECTRA, Watched, dense, digits_hessians, generator, matrix
+
+K = 5
+
+
+def wanted(eigenvalues: torch.Tensor, which: str) -> torch.Tensor:
+    ascending = eigenvalues.sort().values
+    if which == "LA":
+        return ascending[-K:]
+    if which == "SA":
+        return ascending[:K]
+    if which == "BE":
+        return torch.cat([ascending[: K // 2], ascending[-(K - K // 2) :]])
+    by_size = eigenvalues[eigenvalues.abs().argsort(descending=which == "LM", stable=True)]
+    return by_size[:K].sort().values
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_eigenpairs_are_those_of_the_matrix(name: str, which: str, block: int) -> None:
+    spectrum = SPECTRA[name]
+    M, _ = matrix(spectrum)
+    # Without an inverse the small end of condition 1e8 needs the whole space; so do many copies.
+    basis = 150 if which in ("SA", "BE") and name in ("condition 1e8", "multiple") else None
+    found = eigsh(Dense(M, symmetric=True), K, which, block=block, basis=basis)  # type: ignore[arg-type]
+    size = spectrum.abs().max()
+    assert found.status == "converged"
+    assert (found.eigenvalues - wanted(spectrum, which)).abs().max() <= 1e-8 * size
+    V = found.eigenvectors
+    assert (V.T @ V - torch.eye(K, dtype=F64)).abs().max() < 1e-12
+    residuals = torch.linalg.vector_norm(M @ V - V * found.eigenvalues, dim=0)
+    assert residuals.max() <= 1.5e-8 * size
+    torch.testing.assert_close(residuals, found.residuals, rtol=1e-6, atol=1e-13)
+
+
+def test_eigenvectors_of_simple_eigenvalues_are_right_to_1e_8() -> None:
+    spectrum = SPECTRA["indefinite"]
+    M, Q = matrix(spectrum)
+    found = eigsh(Dense(M, symmetric=True), K, "LM", rtol=1e-10)
+    truth = Q[:, spectrum.abs().argsort(descending=True)[:K]]
+    cosines = (truth.T @ found.eigenvectors).abs().amax(0)
+    assert (1 - cosines).max() < 1e-15 + (1e-8) ** 2
+    sines = torch.linalg.vector_norm(found.eigenvectors - truth @ (truth.T @ found.eigenvectors), dim=0)
+    assert sines.max() < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_vector_finds_all_copies_of_multiple_eigenvalues(seed: int) -> None:
+    found = eigsh(dense(SPECTRA["multiple"], seed), 7, seed=seed)
+    torch.testing.assert_close(
+        found.eigenvalues, SPECTRA["multiple"][:7].flip(0), rtol=1e-9, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_smallest_magnitudes_inside_an_indefinite_spectrum(block: int) -> None:
+    inner = torch.tensor([-0.02, 0.05], dtype=F64)
+    outer = torch.linspace(1, 2, 40, dtype=F64)
+    found = eigsh(dense(torch.cat([-outer, inner, outer])), 2, "SM", block=block)
+    assert found.status == "converged"
+    torch.testing.assert_close(found.eigenvalues, inner, rtol=0.0, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_multiple_of_the_identity_and_zero(value: float) -> None:
+    found = eigsh(Diagonal(torch.full((30,), value, dtype=F64)), 4)
+    assert found.status == "converged"
+    torch.testing.assert_close(found.eigenvalues, torch.full((4,), value, dtype=F64))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_all_eigenvalues_of_a_small_matrix(n: int) -> None:
+    d = torch.arange(1.0, n + 1, dtype=F64)
+    found = eigsh(Diagonal(d), n)
+    torch.testing.assert_close(found.eigenvalues, d)
+    assert found.products == n
+
+
+def test_deflated_vectors_are_not_found_again() -> None:
+    spectrum = SPECTRA["spread"]
+    M, Q = matrix(spectrum)
+    found = eigsh(Dense(M, symmetric=True), 3, deflate=Q[:, -4:])
+    torch.testing.assert_close(found.eigenvalues, spectrum[-7:-4])
+    assert (Q[:, -4:].T @ found.eigenvectors).abs().max() < 1e-12
+
+
+def test_products_and_passes_are_counted() -> None:
+    for block in (1, 4):
+        watched = Watched(dense(SPECTRA["spread"]))
+        found = eigsh(watched.operator, 3, block=block)
+        assert found.products == watched.products
+        assert watched.passes * block == watched.products
+
+
+@pytest.fixture(scope="module")
+def hessians() -> list[LinearOperator]:
+    return digits_hessians(60, 63)
+
+
+@pytest.mark.parametrize("tol", [0.0, 1e-8])
+def test_the_digits_hessian_needs_at_most_scipys_products_and_a_tenth(
+    hessians: list[LinearOperator], tol: float
+) -> None:
+    H = hessians[0]
+    ours = theirs = 0
+    for seed in range(3):
+        watched = Watched(H)
+        v0 = torch.randn(H.shape[0], dtype=F64, generator=generator(seed)).numpy()
+        values, vectors = scipy.sparse.linalg.eigsh(watched.operator, k=10, which="LA", tol=tol, v0=v0)
+        theirs += watched.products
+        V = torch.from_numpy(np.ascontiguousarray(vectors))
+        R = H @ V - V * torch.from_numpy(values)
+        accuracy = torch.linalg.vector_norm(R, dim=0).max().item() / values.max()
+        found = eigsh(H, 10, rtol=max(accuracy, 1e-14), seed=seed)
+        assert found.status == "converged"
+        np.testing.assert_allclose(found.eigenvalues.numpy(), np.sort(values), rtol=1e-10)
+        ours += found.products
+    print(f"\nk = 10, tol = {tol}: {ours} products, SciPy {theirs}, ratio {ours / theirs:.2f}")
+    assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize(("k", "rtol"), [(1, 1e-3), (10, 1e-3), (10, 1e-8)])
+def test_a_warm_start_needs_fewer_products(
+    hessians: list[LinearOperator], k: int, rtol: float
+) -> None:
+    before = eigsh(hessians[0], k, rtol=rtol).eigenvectors
+    cold = eigsh(hessians[1], k, rtol=rtol)
+    warm = eigsh(hessians[1], k, rtol=rtol, v0=before)
+    print(f"\nk = {k}, rtol = {rtol}: cold {cold.products} products, warm {warm.products}")
+    torch.testing.assert_close(warm.eigenvalues, cold.eigenvalues, rtol=1e-2 * rtol**0.5, atol=0.0)
+    assert warm.products < cold.products
+
+
+def test_a_block_needs_fewer_passes(hessians: list[LinearOperator]) -> None:
+    passes = {}
+    for block in (1, 4):
+        watched = Watched(hessians[0])
+        eigsh(watched.operator, 10, block=block)
+        passes[block] = watched.passes
+    print(f"\npasses by block size: {passes}")
+    assert passes[4] <= passes[1] / 2
+
+
+def test_a_warm_start_that_is_an_invariant_subspace_does_not_hide_the_rest() -> None:
+    spectrum = SPECTRA["spread"]
+    M, Q = matrix(spectrum)
+    found = eigsh(Dense(M, symmetric=True), 2, v0=Q[:, :2])
+    torch.testing.assert_close(found.eigenvalues, spectrum[-2:])
+
+
+def test_single_precision_and_half_models_converge() -> None:
+    M, _ = matrix(SPECTRA["indefinite"])
+    single = eigsh(Dense(M.float(), symmetric=True), 3)
+    assert single.status == "converged"
+    assert single.eigenvectors.dtype is torch.float32
+    torch.testing.assert_close(single.eigenvalues.double(), torch.tensor([1.28, 1.6, 2.0]).double(), rtol=1e-5, atol=0)
+    half = FromFunction(
+        lambda V: M.float() @ V, (150, 150), dtype=torch.bfloat16, symmetric=True
+    )
+    assert eigsh(half, 3).eigenvectors.dtype is torch.float32
+
+
+def test_a_tolerance_below_rounding_is_called_stagnated() -> None:
+    M, _ = matrix(SPECTRA["spread"])
+    found = eigsh(Dense(M.float(), symmetric=True), 2, rtol=1e-9)
+    assert found.status == "stagnated"
+    assert found.residuals.max() < 1e-4
+
+
+def test_a_spent_budget_returns_the_best_so_far() -> None:
+    found = eigsh(dense(SPECTRA["spread"]), 3, max_products=12)
+    assert (found.status, found.products) == ("max products", 12)
+    M, _ = matrix(SPECTRA["spread"])
+    V = found.eigenvectors
+    residuals = torch.linalg.vector_norm(M @ V - V * found.eigenvalues, dim=0)
+    torch.testing.assert_close(found.residuals, residuals)
+
+
+def test_ctrl_c_returns_what_there_is() -> None:
+    watched = Watched(dense(SPECTRA["spread"]), fail_at=20, error=KeyboardInterrupt)
+    found = eigsh(watched.operator, 3)
+    assert (found.status, found.products) == ("interrupted", 19)
+    assert found.eigenvectors.shape == (150, 3)
+
+
+def test_ctrl_c_with_nothing_done_is_passed_on() -> None:
+    watched = Watched(dense(SPECTRA["spread"]), fail_at=1, error=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        eigsh(watched.operator, 3)
+
+
+def test_equal_seeds_give_equal_bits_and_other_seeds_equal_answers() -> None:
+    A = dense(SPECTRA["spread"])
+    first, again, other = eigsh(A, 3), eigsh(A, 3), eigsh(A, 3, seed=1)
+    assert torch.equal(first.eigenvectors, again.eigenvectors)
+    assert not torch.equal(first.eigenvectors, other.eigenvectors)
+    torch.testing.assert_close(first.eigenvalues, other.eigenvalues)
+
+
+def test_progress_shows_the_residual(capsys: pytest.CaptureFixture[str]) -> None:
+    eigsh(dense(SPECTRA["spread"]), 3, progress=True)
+    assert "3 of 3 found" in capsys.readouterr().err
+
+
+def test_the_text_of_a_result_says_what_matters() -> None:
+    text = repr(eigsh(Diagonal(torch.arange(9, dtype=F64)), 2))
+    assert text.startswith("<2 eigenpairs, 7 to 8, residuals up to")
+    assert text.endswith("converged>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "1 <= k <= 10"),
+        ({"k": 11}, ValueError, "1 <= k <= 10"),
+        ({"which": "LR"}, ValueError, "which in"),
+        ({"block": 0}, ValueError, "block > 0"),
+        ({"rtol": -1.0}, ValueError, "rtol > 0"),
+        ({"max_products": 0}, ValueError, "max_products > 0"),
+        ({"basis": 2, "k": 2}, ValueError, "basis >= k"),
+        ({"v0": torch.ones(9)}, ValueError, r"v0 to be a tensor \(10,\)"),
+        ({"v0": torch.zeros(10, dtype=F64)}, ValueError, "not zero"),
+        ({"deflate": torch.ones(3, 2)}, ValueError, "deflate to be a tensor"),
+    ],
+)
+def test_misuse_is_refused(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        eigsh(Diagonal(torch.arange(10, dtype=F64)), **{"k": 2, **arguments})  # type: ignore[arg-type]
+
+
+def test_only_symmetric_hvpop_operators_are_taken() -> None:
+    with pytest.raises(ValueError, match="symmetric=False"):
+        eigsh(Dense(torch.ones(3, 3)), 1)
+    with pytest.raises(TypeError, match=r"hvpop.LinearOperator, got ndarray"):
+        eigsh(np.ones((3, 3)), 1)  # type: ignore[arg-type]
