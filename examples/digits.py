@@ -1,32 +1,29 @@
 """The Hessian of a classifier of handwritten digits in SciPy's solvers, every number checked.
 
-Trains a small network on scikit-learn's digits, takes the Hessian of its training loss through
-SciPy's `eigsh` and `cg`, and compares what comes out with a dense Hessian that plain torch
-computes row by row. Ends with a table and a picture, `output/digits-spectrum.png`.
+Trains a small network on scikit-learn's digits, hands the Hessian of its training loss to SciPy's
+`eigsh` and `cg`, and compares what they give with a dense Hessian that plain torch computes row by
+row. Ends with a table and a picture, ``output/digits-spectrum.png``.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # a picture in a file; no display needed
+mpl.use("Agg")  # the picture goes to a file and needs no display
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse.linalg import cg, eigsh
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -41,131 +38,174 @@ from hvpop import (
 )
 
 LOSS = nn.CrossEntropyLoss()
-TOP = 10
 DAMPING = 0.05
+TOP = 10
 
 
-def main(hidden: int = 16, epochs: int = 40, output: Path = Path("output")) -> Report:
-    """Run the demo; raise SystemExit if a number is not what it has to be."""
-    report = Report()
+def main(hidden: int = 16, epochs: int = 40, output: Path = Path("output")) -> list[Row]:
+    """Print and return the table; exit with a message if a number is not what it must be."""
     torch.manual_seed(0)
     train, test = digits()
     model = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10)).double()
-    with report.timed("training"):
-        fit(model, train, epochs)
-    report.accuracy = float((model(test[0]).argmax(1) == test[1]).double().mean())
-    report.check(report.accuracy > 0.9, f"accuracy on new images is {report.accuracy:.1%}")
+    rows = [fit(model, train, test, epochs)]
 
-    # In batches of 128 the last one is smaller. H weights it by its samples.
-    data = list(DataLoader(TensorDataset(*train), batch_size=128))
-    H = HessianOperator(model, LOSS, data)
-    print(f"\n{H!r}: {len(train[0])} images in {len(data)} batches, the last of {len(data[-1][0])}")
-
-    with report.timed("dense Hessian"):
-        dense = dense_hessian(model, *train)
-        truth = torch.linalg.eigvalsh(dense).numpy()
-
-    A = H.linearize()  # the parameters stay as they are from here on, so products may be prepared
-    with report.timed("eigsh"), progress("eigsh", "product") as bar:
-        top = np.sort(eigsh(counted(A, bar), k=TOP, return_eigenvectors=False))[::-1]
-    report.eigenvalues = top, truth[::-1][:TOP]
-    report.compare("eigsh, against the dense Hessian", top, truth[::-1][:TOP], 1e-10, "eigsh")
-
-    # What influence functions ask for: the inverse times the gradient of the loss on new images.
-    # H has negative eigenvalues, and the damping has to outweigh them for cg.
-    report.check(truth[0] + DAMPING > 0, f"H + {DAMPING} I has eigenvalue {truth[0] + DAMPING:.1e}")
-    b = gradient(model, *test).numpy()
-    with report.timed("cg"), progress("cg", "product") as bar:
-        x, info = cg(counted(A + DAMPING * Identity.like(A), bar), b, rtol=1e-9)
-    report.check(info == 0, f"cg did not converge, info = {info}")
-    product = dense.numpy() @ x + DAMPING * x  # the true residual: no product of hvpop is in it
-    report.compare("cg, true residual of (H + 0.05 I) x = b", product, b, 1e-8, "cg")
-
-    # The live operator, batch by batch, against the loss of all images as one function.
-    v = torch.randn(H.shape[0], dtype=torch.float64)
-    with report.timed("batches"):
-        by_samples = H @ v
-    with report.timed("full"):
-        full = HessianOperator(model, LOSS, data, mode="full") @ v
-    equal = HessianOperator(model, LOSS, data, average=BATCHES) @ v
-    report.compare("batches by samples, against all data at once", by_samples, full, 1e-12, "full")
-    report.compare("... against torch's dense Hessian", by_samples, dense @ v, 1e-12, "batches")
-    report.unequal_weights = relative_error(equal, full)
-    report.check(report.unequal_weights > 1e-3, "batches with equal weight gave the same matrix")
-
-    with report.timed("reverse"):
-        reverse = HessianOperator(model, LOSS, data, strategy=ReverseOverReverse()) @ v
-    with report.timed("forward"):
-        forward = HessianOperator(model, LOSS, data, strategy=ForwardOverReverse()) @ v
-    report.compare("forward- against reverse-over-reverse", forward, reverse, 1e-12, "forward")
-
+    batches = list(DataLoader(TensorDataset(*train), batch_size=128))
+    H = HessianOperator(model, LOSS, batches)
+    dense, row = dense_hessian(model, *train)
+    rows.append(row)
+    truth = np.linalg.eigvalsh(dense)[::-1]
+    top, row = top_eigenvalues(H, truth)
+    rows += [row, *damped_solve(H, dense, gradient(model, *test))]
+    rows += averages(model, batches, dense)
+    rows += strategies(model, batches, dense)
     picture = output / "digits-spectrum.png"
-    with report.timed("picture"):
-        draw(truth, top, picture)
-    print(report)
-    print(f"\nThe spectrum is drawn in {picture}")
-    report.raise_failures()
-    return report
+    draw(truth, top, picture)
+
+    print(f"\n{H!r}\n{len(train[1])} images in batches of 128, the last of {len(batches[-1][1])}\n")
+    print_eigenvalues(top, truth)
+    print_table(rows)
+    print(f"\nThe whole spectrum is drawn in {picture}")
+    failed = [row.what for row in rows if not row.holds]
+    if failed:
+        raise SystemExit("not as it must be: " + "; ".join(failed))
+    return rows
 
 
-# -- the model and its data ---------------------------------------------------------------------
+# -- what the operator is put through -----------------------------------------------------------
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images ``(n, 64)`` in float64 and classes ``(n,)``: four fifths to train, one to test."""
+def top_eigenvalues(H: HessianOperator, truth: np.ndarray) -> tuple[np.ndarray, Row]:
+    """The largest eigenvalues, descending, by SciPy's Lanczos on the operator as it is."""
+    A = H.linearize()  # the parameters stay as they are: prepare once what all products share
+    with Stopwatch() as watch, progress("eigsh", "products") as bar:
+        top = eigsh(counted(A, bar), k=TOP, which="LA", return_eigenvectors=False)
+    top = np.sort(top)[::-1]
+    worst = float(np.max(np.abs(top / truth[:TOP] - 1)))
+    return top, at_most("eigsh: ten eigenvalues, worst against dense", worst, 1e-10, watch)
+
+
+def damped_solve(H: HessianOperator, dense: np.ndarray, b: np.ndarray) -> list[Row]:
+    """``(H + damping I) x = b``, with the gradient ``b`` of the loss on new images.
+
+    This is the product with the inverse that influence functions ask for. cg wants a positive
+    definite matrix: the damping has to outweigh the negative eigenvalues of the Hessian.
+    """
+    A = H.linearize() + DAMPING * Identity.like(H)
+    with Stopwatch() as watch, progress("cg", "products") as bar:
+        x, info = cg(counted(A, bar), b, rtol=1e-9)
+    true_product = dense @ x + DAMPING * x  # cg's own residual is updated, and drifts
+    return [
+        at_most("cg: damped solve, info (0 is converged)", info, 0),
+        at_most("cg: damped solve, true residual by dense", distance(true_product, b), 1e-8, watch),
+    ]
+
+
+def averages(model: nn.Module, batches: list[Any], dense: np.ndarray) -> list[Row]:
+    """One product batch by batch, of the full empirical loss, and of another average."""
+    v = np.random.default_rng(0).standard_normal(len(dense))
+    with Stopwatch() as full_watch:
+        full = HessianOperator(model, LOSS, batches, mode="full") @ v
+    with Stopwatch() as batch_watch:
+        by_samples = HessianOperator(model, LOSS, batches) @ v
+    with Stopwatch() as alike_watch:
+        alike = HessianOperator(model, LOSS, batches, average=BATCHES) @ v
+    error_of_alike = distance(
+        alike, full
+    )  # another matrix: each image of the last batch counts more
+    return [
+        at_most("full empirical loss, against dense", distance(full, dense @ v), 1e-12, full_watch),
+        at_most("batch averaged, against full", distance(by_samples, full), 1e-12, batch_watch),
+        at_least("batches weighted alike, against full", error_of_alike, 1e-3, alike_watch),
+    ]
+
+
+def strategies(model: nn.Module, batches: list[Any], dense: np.ndarray) -> list[Row]:
+    """One product by each of two ways to differentiate twice."""
+    reverse = HessianOperator(model, LOSS, batches, strategy=ReverseOverReverse())
+    forward = HessianOperator(model, LOSS, batches, strategy=ForwardOverReverse())
+    v = np.random.default_rng(1).standard_normal(len(dense))
+    forward @ v  # torch loads its forward-mode rules at their first use; that is not timed
+    with Stopwatch() as reverse_watch:
+        by_reverse = reverse @ v
+    with Stopwatch() as forward_watch:
+        by_forward = forward @ v
+    return [
+        at_most(
+            "reverse-over-reverse, against dense",
+            distance(by_reverse, dense @ v),
+            1e-12,
+            reverse_watch,
+        ),
+        at_most(
+            "forward-over-reverse, against reverse",
+            distance(by_forward, by_reverse),
+            1e-12,
+            forward_watch,
+        ),
+    ]
+
+
+# -- the model, and what plain torch says of it -------------------------------------------------
+
+Labelled = tuple[Tensor, Tensor]
+"""Images ``(n, 64)`` in float64 and their classes ``(n,)``."""
+
+
+def digits() -> tuple[Labelled, Labelled]:
+    """Four fifths of the images to train on, one fifth to test."""
     images, classes = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, classes, test_size=0.2, random_state=0)
     train_x, test_x, train_y, test_y = map(torch.from_numpy, parts)
     return (train_x, train_y), (test_x, test_y)
 
 
-def fit(model: nn.Module, train: tuple[Tensor, Tensor], epochs: int) -> None:
-    """Adam, for as many epochs."""
+def fit(model: nn.Module, train: Labelled, test: Labelled, epochs: int) -> Row:
+    """Train with Adam; the row is the accuracy on images not trained on."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loader = DataLoader(TensorDataset(*train), batch_size=64, shuffle=True)
-    with progress("training", "epoch", epochs) as bar:
+    with Stopwatch() as watch, progress("training", "epochs", epochs) as bar:
         for _ in range(epochs):
             for x, y in loader:
                 optimizer.zero_grad()
-                loss = LOSS(model(x), y)
-                loss.backward()
+                LOSS(model(x), y).backward()
                 optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
             bar.update()
+    x, y = test
+    accuracy = (model(x).argmax(1) == y).double().mean().item()
+    return at_least(f"training: accuracy on {len(y)} other images", accuracy, 0.9, watch)
 
 
-# -- the reference: torch alone, all data at once, row by row -----------------------------------
-
-
-def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """``(n, n)``, by differentiating each entry of the gradient."""
+def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> tuple[np.ndarray, Row]:
+    """The matrix ``(n, n)`` for all data at once: each entry of the gradient, differentiated."""
     parameters = list(model.parameters())
-    grads = torch.autograd.grad(LOSS(model(x), y), parameters, create_graph=True)
-    entries = parameters_to_vector(grads)
-    rows = torch.empty(len(entries), len(entries), dtype=entries.dtype)
-    with progress("dense Hessian", "row", len(entries)) as bar:
-        for i, entry in enumerate(entries):
-            row = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-            rows[i] = parameters_to_vector(row)
+    entries = parameters_to_vector(
+        torch.autograd.grad(LOSS(model(x), y), parameters, create_graph=True)
+    )
+    rows = []
+    with Stopwatch() as watch, progress("dense", "rows", len(entries)) as bar:
+        for entry in entries:
+            row = torch.autograd.grad(entry, parameters, retain_graph=True)
+            rows.append(parameters_to_vector(row).numpy())
             bar.update()
-    return rows
+    dense = np.stack(rows)
+    return dense, at_most("dense Hessian: asymmetry", distance(dense, dense.T), 1e-12, watch)
 
 
-def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return parameters_to_vector(torch.autograd.grad(LOSS(model(x), y), list(model.parameters())))
+def gradient(model: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
+    """Of the loss, ``(n,)``; the entries in the order of the operator's."""
+    gradients = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()))
+    return parameters_to_vector(gradients).numpy()
 
 
-# -- progress, checks, table, picture -----------------------------------------------------------
+# -- progress, time, table, picture -------------------------------------------------------------
 
 
-@contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[tqdm]:
-    with tqdm(desc=f"{what:<13}", unit=f" {unit}s", total=total, leave=True) as bar:
-        yield bar
+def progress(what: str, unit: str, total: int | None = None) -> tqdm:
+    return tqdm(desc=f"{what:<8}", unit=f" {unit}", total=total, mininterval=0.5)
 
 
 def counted(A: LinearOperator, bar: tqdm) -> LinearOperator:
-    """``A``, advancing a progress bar with each product."""
+    """``A``, moving a progress bar on with each product."""
 
     def apply(V: Tensor) -> Tensor:
         bar.update(V.shape[1])
@@ -174,6 +214,80 @@ def counted(A: LinearOperator, bar: tqdm) -> LinearOperator:
     return FromFunction(apply, A.shape, dtype=A.torch_dtype, symmetric=True)
 
 
-def relative_error(found: NDArray | Tensor, expected: NDArray | Tensor) -> float:
-    found, expected = np.asarray(found), np.asarray(expected)
+class Stopwatch:
+    """The seconds that a with block takes."""
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+
+
+@dataclass(frozen=True)
+class Row:
+    """A number, what it must be, and the seconds it took."""
+
+    what: str
+    found: float
+    must_be: str
+    holds: bool
+    seconds: float | None
+
+
+def at_most(what: str, found: float, bound: float, watch: Stopwatch | None = None) -> Row:
+    return Row(what, found, f"<= {bound:g}", found <= bound, watch and watch.seconds)
+
+
+def at_least(what: str, found: float, bound: float, watch: Stopwatch | None = None) -> Row:
+    return Row(what, found, f">= {bound:g}", found >= bound, watch and watch.seconds)
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """Relative, in the Euclidean norm."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def print_eigenvalues(top: np.ndarray, truth: np.ndarray) -> None:
+    print(f"{'':>4}{'eigsh':>18}{'dense':>18}{'relative error':>18}")
+    for i, (found, expected) in enumerate(zip(top, truth, strict=False), start=1):
+        print(f"{i:>4}{found:>18.12f}{expected:>18.12f}{abs(found / expected - 1):>18.1e}")
+
+
+def print_table(rows: list[Row]) -> None:
+    print(f"\n{'':<50}{'found':>9}{'must be':>12}{'seconds':>10}")
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds:.3f}"
+        mark = "" if row.holds else "  FAILED"
+        print(f"{row.what:<50}{row.found:>9.2g}{row.must_be:>12}{seconds:>10}{mark}")
+
+
+def draw(truth: np.ndarray, top: np.ndarray, path: Path) -> None:
+    """All eigenvalues by rank and size, positive and negative apart, with those of eigsh circled."""
+    rounding = len(truth) * np.finfo(truth.dtype).eps * truth[0]
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    for sign, name, color in ((1, "positive", "#1f5f99"), (-1, "negative", "#d1632a")):
+        sizes = np.sort(sign * truth[sign * truth > rounding])[::-1]
+        axes.plot(range(1, len(sizes) + 1), sizes, ".", color=color, ms=4)
+        i = len(sizes) // 8
+        axes.text(i, sizes[i] * 2.5**sign, f"{len(sizes)} {name}", color=color, va="center")
+    axes.plot(range(1, TOP + 1), top, "o", ms=9, mfc="none", mec="black")
+    axes.text(4, 1.5 * top[3], f"the {TOP} that eigsh found")
+    axes.axhline(DAMPING, color="gray", lw=0.8, ls="--")
+    axes.text(axes.get_xlim()[1], 1.15 * DAMPING, "damping", color="gray", ha="right")
+    zeros = np.count_nonzero(np.abs(truth) <= rounding)
+    axes.set_title(
+        f"Hessian of a digits classifier: {len(truth)} eigenvalues, {zeros} of them zero"
+    )
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="size of eigenvalue")
+    axes.set_ylim(1e-10 * truth[0], 10 * truth[0])
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small: more threads would wait for each other
+    main()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import HessianOperator
-from .curvature.space import from_point, layout_of, products, to_point
+from .curvature.space import from_point, layout_of, multiplier, to_point
 from .risk import BATCHES, EmpiricalRisk
 from .risk.losses import Loss
 from .strategies import ForwardOverReverse, HVPStrategy, Params, ReverseOverReverse
@@ -163,7 +163,7 @@ def _differentiable_product(H: HessianOperator, v: Tensor) -> Tensor:
             linear = H.strategy.linearize(
                 term.function, point, state, *term.data, differentiable=True
             )
-            product = term.weight * from_point(products(linear, columns, 1), V)[:, 0]
+            product = term.weight * from_point(multiplier(columns)(linear), V)[:, 0]
             total = product if total is None else total + product
             weight += term.weight
         assert total is not None  # data without batches has raised before

@@ -162,7 +162,7 @@ def plot_eigenvector(
         raise IndexError(
             f"plot_eigenvector expects an index of one of {k} eigenvectors, got {index}"
         )
-    v = eigenpairs.eigenvectors[:, index].double().cpu()
+    v = eigenpairs.eigenvectors[:, index].cpu().double()
     squares = v.square() / v.square().sum()
     rows = [
         (name, squares[place].sum().item(), (place.stop - place.start) / n)
@@ -223,7 +223,7 @@ def _draw_diagonal(ax: Axes, result: DiagonalEstimate) -> None:
 
 
 def _draw_solve(ax: Axes, result: SolverResult) -> None:
-    history = result.history.reshape(result.history.shape[0], -1).double().cpu()
+    history = result.history.reshape(result.history.shape[0], -1).cpu().double()
     columns = history.shape[1]
     for i in range(columns):
         text = "residual" if columns == 1 else f"residuals of {columns} systems"

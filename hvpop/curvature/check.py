@@ -22,7 +22,7 @@ from ..strategies import (
 )
 from ..strategies.base import grad_enabled
 from .memory import graph_bytes
-from .space import WeightedSum, from_point, products, to_point
+from .space import WeightedSum, from_point, multiplier, to_point
 
 if TYPE_CHECKING:
     from .hessian import HessianOperator
@@ -101,7 +101,7 @@ class _Examination:
         with grad_enabled():
             for term in self.terms:
                 linear = strategy.linearize(term.function, self.point, self.state, *term.data)
-                total.add(products(linear, columns, 1), term.weight)
+                total.add(multiplier(columns)(linear), term.weight)
         return from_point(total.result(), v.unsqueeze(1))[:, 0]
 
     def difference(self, v: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ class _Examination:
                 moved = {n: p + shift * h * direction[n][0] for n, p in self.point.items()}
                 with grad_enabled():
                     gradient = self.H.risk.gradient(moved, self.state, *term.data)
-                sums.add(gradient.values(), coefficient / (12 * h))
-            total.add([g.unsqueeze(0) for g in sums.result()], term.weight)
+                sums.add(list(gradient.values()), coefficient / (12 * h))
+            total.add(sums.result(), term.weight)
         return from_point(total.result(), v.unsqueeze(1))[:, 0]
 
 

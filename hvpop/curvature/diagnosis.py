@@ -8,7 +8,7 @@ import torch
 
 from ..risk import Term
 from ..strategies import HVPStrategy, Params
-from .space import columns_in, products
+from .space import multiplier
 
 
 def culprit(
@@ -40,7 +40,7 @@ def _in_term(
         if g is not None and not g.isfinite().all():
             return f"the gradient of {name} is not finite"
     linear = strategy.linearize(term.function, point, state, *term.data)
-    computed = products(linear, columns, columns_in(columns))
+    computed = multiplier(columns)(linear)
     for name, product in zip(point, computed, strict=True):
         if not product.isfinite().all():
             return (

@@ -18,11 +18,12 @@ from ..risk.losses import Loss
 from ..risk.modules import Selection
 from ..strategies import FirstThatWorks, HVPStrategy, Params
 from ..strategies.base import grad_enabled
+from ..strategies.fallback import settled
 from .blocks import block
 from .check import CheckResult, check
 from .diagnosis import culprit
 from .linearized import LinearizedHessian
-from .space import WeightedSum, from_point, layout_of, products, space_of, to_point
+from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
 
 
 class HessianOperator(LinearOperator):
@@ -158,13 +159,20 @@ class HessianOperator(LinearOperator):
         return "HessianOperator" if usual else f"HessianOperator[{self.strategy!r}]"
 
     def _apply(self, V: Tensor) -> Tensor:
+        return settled(self.strategy, lambda: self._product(V))
+
+    def _product(self, V: Tensor) -> Tensor:
         point, state = self._live()
         columns = to_point(V, self.layout, point)
+        multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
         with grad_enabled(), self.risk.policies, closing(self.risk.terms()) as terms:
             for term in terms:
-                linear = self.strategy.linearize(term.function, point, state, *term.data)
-                total.add(products(linear, columns, V.shape[1]), term.weight)
+                # No name for the map: its graph is gone before the next batch's is built.
+                total.add(
+                    multiply(self.strategy.linearize(term.function, point, state, *term.data)),
+                    term.weight,
+                )
         Y = from_point(total.result(), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), point, state, self.strategy, columns)

@@ -16,12 +16,19 @@ from ..operators import LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
 from ..risk.merging import stacked
-from ..strategies import FiniteDifference, FirstThatWorks, HVPStrategy, Params
+from ..strategies import (
+    FiniteDifference,
+    FirstThatWorks,
+    HVPStrategy,
+    NoSecondDerivativeError,
+    Params,
+)
 from ..strategies.base import grad_enabled
+from ..strategies.fallback import settled
 from .diagnosis import culprit
 from .memory import budget_in_bytes
 from .preparation import Preparation
-from .space import WeightedSum, columns_in, from_point, layout_of, products, space_of, to_point
+from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class LinearizedHessian(LinearOperator):
         start = time.perf_counter()
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self.risk.policies:
-            Y = from_point(self._product(self._prepared(), columns), V)
+            Y = from_point(settled(self.strategy, lambda: self._attempt(columns)), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
             raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
@@ -129,14 +136,21 @@ class LinearizedHessian(LinearOperator):
         self._seconds += time.perf_counter() - start
         return Y
 
+    def _attempt(self, columns: Params) -> list[Tensor]:
+        try:
+            return self._product(self._prepared(), columns)
+        except NoSecondDerivativeError:
+            self._preparation = None  # its maps are those of the strategy that failed
+            raise
+
     def _product(self, prepared: Preparation, columns: Params) -> list[Tensor]:
-        k = columns_in(columns)
+        multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
         for part in prepared.parts:
             linear = part.map or prepared.linearized(part.term)
-            total.add(products(linear, columns, k), part.term.weight)
+            total.add(multiply(linear), part.term.weight)
         for term in prepared.rest():
-            total.add(products(prepared.linearized(term), columns, k), term.weight)
+            total.add(multiply(prepared.linearized(term)), term.weight)
         self._passes += not prepared.complete
         return total.result()
 
@@ -177,11 +191,16 @@ class LinearizedHessian(LinearOperator):
     def _truth(self, prepared: Preparation, probe: Params) -> list[Tensor]:
         """A product by the default strategy, batch by batch."""
         chosen = self.strategy if isinstance(self.strategy, FirstThatWorks) else FirstThatWorks()
-        total = WeightedSum(self.risk.average.normalized)
-        for term in prepared.terms:
-            linear = chosen.linearize(term.function, self._point, self._state, *term.data)
-            total.add(products(linear, probe, 1), term.weight)
-        return total.result()
+        multiply = multiplier(probe)
+
+        def compute() -> list[Tensor]:
+            total = WeightedSum(self.risk.average.normalized)
+            for term in prepared.terms:
+                linear = chosen.linearize(term.function, self._point, self._state, *term.data)
+                total.add(multiply(linear), term.weight)
+            return total.result()
+
+        return settled(chosen, compute)
 
 
 _DISAGREES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ class WeightedSum:
         self._sum: list[Tensor] = []
         self._weight = 0.0
 
-    def add(self, tensors: Iterable[Tensor], weight: float) -> None:
+    def add(self, tensors: list[Tensor], weight: float) -> None:
         """Add one term; tensors may be half precision, sums are not."""
-        wide = [t.to(working_dtype(t.dtype)) for t in tensors]
+        if any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors):
+            tensors = [t.to(working_dtype(t.dtype)) for t in tensors]
         if self._sum:
-            torch._foreach_add_(self._sum, wide, alpha=weight)
+            torch._foreach_add_(self._sum, tensors, alpha=weight)
         else:
-            self._sum = list(torch._foreach_mul(wide, weight))
+            self._sum = list(torch._foreach_mul(tensors, weight))
         self._weight += weight
 
     def result(self) -> list[Tensor]:
@@ -81,8 +82,9 @@ def columns_in(columns: Params) -> int:
     return next(iter(columns.values())).shape[0]
 
 
-def products(linear: LinearMap, columns: Params, k: int) -> list[Tensor]:
-    """``H V`` parameter by parameter; one column goes the strategies' shorter way."""
-    if k == 1:
-        return [t.unsqueeze(0) for t in linear({n: c[0] for n, c in columns.items()}).values()]
-    return list(linear.columns(columns).values())
+def multiplier(columns: Params) -> Callable[[LinearMap], list[Tensor]]:
+    """What multiplies a map by some columns; a single one goes the strategies' shorter way."""
+    if columns_in(columns) > 1:
+        return lambda linear: list(linear.columns(columns).values())
+    v = {name: column[0] for name, column in columns.items()}
+    return lambda linear: list(linear(v).values())

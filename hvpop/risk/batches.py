@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .randomness import private_rng
 
 
 class Batches:
@@ -40,7 +41,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         if self._one_shot:
-            self._data, self._one_shot = list(self._data), False
+            with private_rng(self._seed):
+                self._data, self._one_shot = list(self._data), False
         if self.in_memory:
             passed = iter(self._data)
         else:
@@ -58,8 +60,8 @@ class Batches:
 
     def _read(self) -> Iterator[Any]:
         checksum = []
-        with private_rng(self._seed), _rewound_generators(self._data):
-            for batch in self._data:
+        with private_rng(self._seed), _as_at_the_first_pass(self._data, self._seed):
+            for batch in _undisturbed(self._data):
                 checksum.append(
                     sum(float(t.sum()) for t in tensors_in(batch) if not t.is_complex())
                 )
@@ -160,35 +162,46 @@ def _ready(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def private_rng(seed: int) -> Iterator[None]:
-    """torch's, NumPy's and Python's global random numbers start from ``seed``, and are put back."""
-    states = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        try:
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+def _as_at_the_first_pass(loader: Any, seed: int) -> Iterator[None]:
+    """What a DataLoader and its samplers draw by (generators, an epoch) is alike at every pass.
 
-
-@contextmanager
-def _rewound_generators(loader: Any) -> Iterator[None]:
-    """Generators that a DataLoader and its samplers hold start each pass alike, and are put back."""
+    Whatever the user's own passes, between ours, make of it; put back afterwards.
+    """
     sampler = getattr(loader, "sampler", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    held = (getattr(owner, "generator", None) for owner in owners)
+    owners: list[Any] = [
+        loader,
+        sampler,
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    ]
+    held = [getattr(owner, "generator", None) for owner in owners]
     generators = {id(g): g for g in held if isinstance(g, torch.Generator)}.values()
-    states = [g.get_state() for g in generators]
+    states = [(g, g.get_state()) for g in generators]
+    epochs = [(o, o.epoch) for o in owners if hasattr(o, "set_epoch") and hasattr(o, "epoch")]
     try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        for owner, _ in epochs:
+            owner.epoch = 0
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in states:
             generator.set_state(state)
+        for owner, epoch in reversed(epochs):
+            owner.epoch = epoch
+
+
+def _undisturbed(data: Any) -> Any:
+    """Data to iterate over that leave a pass of the user's own, under way, alone.
+
+    A loader with persistent workers has one iterator, which every new pass starts anew.
+    """
+    if not (isinstance(data, DataLoader) and data.persistent_workers):
+        return data
+    own = copy.copy(data)
+    own.__dict__ |= {"persistent_workers": False, "_iterator": None}
+    return own
 
 
 def _check_is_batches(data: Any) -> None:

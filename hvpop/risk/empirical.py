@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import ExitStack
+from math import isfinite
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,17 @@ from .batches import Batches, to_device
 from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
 from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
-from .modules import Inventory, Selection, unwrapped
-from .policies import Seeded, TwiceDifferentiable, seed_tensor
+from .modules import ONE_THREAD, Inventory, Selection, unwrapped
+from .plain import is_plain
+from .policies import TwiceDifferentiable
+from .randomness import Seeded, SeededThroughout, seed_tensor, torch_states
 from .rewrites import Rewrites
 from .strays import Substitution, reaches_past
 
 Mode = Literal["batch", "full"]
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One of the functions that a risk is made of, at work on its data: ``function(params, state, *data)``."""
 
     function: Any  # (params, state, *data) -> 0-dim tensor
@@ -135,7 +136,9 @@ class EmpiricalRisk:
         self._rewrites = Rewrites()
         by_samples = average.weight is None and not knows_divisor(batch_loss)
         self._watch = DivisorWatch() if by_samples else None
-        self._checked_for_strays = self._has_strays = False
+        self._plain = False
+        self._has_strays: bool | None = None  # not known before the first evaluation
+        self._draws_beside_torch: bool | None = None  # likewise
         self.policies = TwiceDifferentiable()
         self._inventory = Inventory(self._roots)
 
@@ -143,14 +146,20 @@ class EmpiricalRisk:
 
     def parameters(self) -> dict[str, Tensor]:
         """The live parameters that count, by name, in the model's order; tied ones once."""
-        self._inventory = Inventory(self._roots)
-        return self._inventory.trainable(self._selection)
+        with ONE_THREAD:
+            self._inventory = Inventory(self._roots)
+        loss = getattr(self.batch_loss, "loss", None)
+        self._plain = is_plain((m for m in self._inventory.modules if m is not loss), loss)
+        self._chosen = self._inventory.trainable(self._selection)
+        return self._chosen
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors that a loss depends on beside `parameters`: buffers, frozen parameters."""
-        chosen = self._inventory.trainable(self._selection)
+        """The live tensors that a loss depends on beside `parameters`: buffers, frozen parameters.
+
+        Of the moment when `parameters` was called.
+        """
         held = self._inventory.parameters | self._inventory.buffers
-        return {name: tensor.detach() for name, tensor in held.items() if name not in chosen}
+        return {name: t.detach() for name, t in held.items() if name not in self._chosen}
 
     # -- the functions ----------------------------------------------------------------------------
 
@@ -190,26 +199,43 @@ class EmpiricalRisk:
         self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
     ) -> Tensor:
         """The loss of one batch at ``params``: a 0-dim tensor. The model is as before afterwards."""
-        buffers = self._inventory.buffers
-        private = {n: t.clone() if n in buffers else t for n, t in state.items()}
-        held = private | params
-        if not self._checked_for_strays:
-            self._checked_for_strays = True
-            value = self._evaluated(held, batch, seed)
-            self._has_strays = reaches_past(value, self._inventory.parameters)
-            if not self._has_strays:
-                return value
-        return self._evaluated(held, batch, seed)
+        if self._plain:
+            with self._inventory.holding(state | params):
+                return scalar(self.batch_loss(self.model, batch))
+        value = self._evaluated(params, state, batch, seed)
+        if self._has_strays is None:
+            live = self._inventory.parameters
+            replaced = {n: live[n] for n, p in params.items() if n in live and live[n] is not p}
+            if replaced:
+                self._has_strays = reaches_past(value, replaced)
+                if self._has_strays:
+                    return self._evaluated(params, state, batch, seed)
+        return value
 
-    def _evaluated(self, held: dict[str, Tensor], batch: Any, seed: Tensor | None) -> Tensor:
+    def _evaluated(
+        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
+    ) -> Tensor:
+        buffers = self._inventory.buffers
+        held = {n: t.clone() if n in buffers else t for n, t in state.items()} | params
+        randomness = self._randomness(seed)
         with ExitStack() as contexts:
-            for context in (self._inventory.holding(held), self.policies, Seeded(seed), self._rewrites):
-                contexts.enter_context(context)
+            contexts.enter_context(self.policies)
+            contexts.enter_context(self._inventory.holding(held))
+            contexts.enter_context(randomness)
+            contexts.enter_context(self._rewrites)
             if self._watch is not None:
                 contexts.enter_context(self._watch)
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
-            return scalar(self.batch_loss(self.model, batch))
+            value = scalar(self.batch_loss(self.model, batch))
+        if isinstance(randomness, SeededThroughout):
+            self._draws_beside_torch = randomness.needed
+        return value
+
+    def _randomness(self, seed: Tensor | None) -> Seeded:
+        if self._draws_beside_torch is False:
+            return Seeded(seed)
+        return SeededThroughout(seed, self._inventory.modules)
 
     def total(
         self,
@@ -231,8 +257,10 @@ class EmpiricalRisk:
             weight = float(self.batch_loss.weight(self.model, batch))
         else:
             weight = samples_in(batch)
-        if not weight >= 0:
-            raise ValueError(f"a batch has weight {weight}; weights must be non-negative numbers")
+        if not (weight >= 0 and isfinite(weight)):
+            raise ValueError(
+                f"a batch has weight {weight}; weights must be finite non-negative numbers"
+            )
         return weight
 
     @property
@@ -252,7 +280,7 @@ class EmpiricalRisk:
         held = {n: t.clone() if n in buffers else t for n, t in state.items()} | leaves
         with ExitStack() as contexts:
             contexts.enter_context(self._inventory.holding(held))
-            contexts.enter_context(Seeded(seed))
+            contexts.enter_context(self._randomness(seed))
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
             scalar(self.batch_loss(self.model, batch)).backward()
@@ -275,16 +303,22 @@ class EmpiricalRisk:
     def is_random(self, term: Term) -> bool:
         """Whether a batch's loss draws random numbers (dropout, sampling): one forward pass."""
         batch, seed = term.data
+        point, state = self.parameters(), self.state()
+        if self._draws_beside_torch is None:
+            self.loss(point, state, batch, seed)
+        if self._draws_beside_torch:
+            return True
         with Seeded(seed):
-            before = torch.get_rng_state()
-            self.loss(self.parameters(), self.state(), batch, None)
-            return not torch.equal(before, torch.get_rng_state())
+            before = torch_states()
+            self.loss(point, state, batch, None)
+            return not all(map(torch.equal, before, torch_states()))
 
     # -- freezing ---------------------------------------------------------------------------------
 
     def fingerprint(self) -> Fingerprint:
         """What tells whether a matrix made now is still that of the live model."""
-        inventory = Inventory(self._roots)
+        with ONE_THREAD:
+            inventory = Inventory(self._roots)
         return Fingerprint.of(inventory.parameters | inventory.buffers)
 
     def frozen(self) -> EmpiricalRisk:

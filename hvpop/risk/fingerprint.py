@@ -14,12 +14,13 @@ class Fingerprint:
     """What is remembered of a set of tensors to notice any change of their values.
 
     Versions and addresses catch replaced tensors and ordinary in-place writes. Fused optimizers,
-    ``.data`` and NumPy views write without raising the version: norms catch those. Cost: one norm
-    per tensor, far below one product.
+    ``.data`` and NumPy views write without raising the version: sums catch those. Squares alone
+    would miss changed signs and permuted entries, which the second sum sees. Cost: two sums per
+    tensor, far below one product.
     """
 
     places: tuple[tuple[str, int, int, int], ...]  # name, id, address, version
-    norms: tuple[float, ...]
+    sums: tuple[str, ...]  # of squares, and of entries times their positions
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Fingerprint:
@@ -29,5 +30,21 @@ class Fingerprint:
             for name, t in tensors.items()
         )
         with torch.no_grad():
-            norms = [float(t.detach().double().norm()) for t in tensors.values() if t.numel()]
-        return cls(places, tuple(norms))
+            sums = [_sums(t.detach()) for t in tensors.values()]
+        return cls(places, tuple(sums))
+
+
+def _sums(tensor: Tensor) -> str:
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    entries = (torch.view_as_real(dense) if dense.is_complex() else dense).reshape(-1)
+    size = min(len(entries), _CHUNK)
+    positions = torch.arange(1.0, size + 1, dtype=torch.double, device=entries.device)
+    squares = weighted = 0.0
+    for chunk in entries.split(_CHUNK):
+        x = chunk.double()
+        squares += float(x @ x)
+        weighted += float(x @ positions[: len(x)])
+    return f"{squares.hex()} {weighted.hex()}"  # text, since NaN does not equal itself
+
+
+_CHUNK = 2**20  # entries at a time, so that no large tensor is copied whole

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from .batches import tensors_in
-from .normalisers import normaliser_of
+from .normalisers import Normaliser, normaliser_of
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(outputs, targets)`` -> scalar."""
@@ -58,13 +59,17 @@ class supervised:  # noqa: N801 (used like a function)
             return self.loss(model(*inputs), targets)
         return self.loss(model(inputs), targets)
 
+    @cached_property
+    def normaliser(self) -> Normaliser | None:
+        """How the loss says that it normalises."""
+        return normaliser_of(self.loss)
+
     def weight(self, model: nn.Module, batch: Any) -> float:
         """What the loss divides by, or the number of samples if that cannot be told."""
         inputs, targets = self._split(batch)
-        normaliser = normaliser_of(self.loss)
-        if normaliser is not None and isinstance(targets, Tensor):
-            return normaliser(targets)
-        return samples_in(targets if tensors_in(targets) else inputs)
+        if self.normaliser is not None and isinstance(targets, Tensor):
+            return self.normaliser(targets)
+        return samples_in(targets if any(t.ndim for t in tensors_in(targets)) else inputs)
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, Mapping):
@@ -141,16 +146,16 @@ def knows_divisor(batch_loss: BatchLoss) -> bool:
     if isinstance(batch_loss, autoencoder):
         batch_loss = batch_loss._supervised
     if isinstance(batch_loss, supervised):
-        return normaliser_of(batch_loss.loss) is not None
+        return batch_loss.normaliser is not None
     return hasattr(batch_loss, "weight")
 
 
 def samples_in(batch: Any) -> float:
     """The number of samples of a batch: the length of its first tensor."""
     for tensor in tensors_in(batch):
-        if isinstance(tensor, Tensor) and tensor.ndim > 0:
+        if tensor.ndim > 0:
             return float(tensor.shape[0])
-    if hasattr(batch, "__len__"):
+    if hasattr(batch, "__len__") and not isinstance(batch, Tensor):
         return float(len(batch))
     raise ValueError(
         f"cannot tell how many samples a {type(batch).__name__} holds; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -9,6 +10,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+ONE_THREAD = threading.RLock()
+"""Held while a model is not as its user knows it."""
 
 Selection = Any
 """``params=``: None, a name, a glob, a module, a parameter, a predicate ``(name, parameter) -> bool``,
@@ -122,12 +127,20 @@ class _Holding(AbstractContextManager[None]):
         self._tensors = tensors
 
     def __enter__(self) -> None:
+        ONE_THREAD.acquire()
+        try:
+            self._put()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _put(self) -> None:
         # What a forward pass leaves in a module (computed weights, activations) is undone too.
-        self._attributes = [(m.__dict__, m.__dict__.copy()) for m in self._modules]
         self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
+        self._attributes = [(m.__dict__, m.__dict__.copy()) for m in self._modules]
         tensors = self._tensors
         for slots, key, name in self._slots:
-            if name in tensors:
+            if name in tensors and slots[key] is not tensors[name]:
                 self._replaced.append((slots, key, slots[key]))
                 slots[key] = tensors[name]
         for module in self._recurrent:  # these keep a list of their weights beside the slots
@@ -141,6 +154,7 @@ class _Holding(AbstractContextManager[None]):
             if _differs(now, before):
                 now.clear()
                 now.update(before)
+        ONE_THREAD.release()
 
 
 class _ScriptSlots(MutableMapping[str, Any]):
@@ -153,6 +167,10 @@ class _ScriptSlots(MutableMapping[str, Any]):
         return self._module.getattr(key)
 
     def __setitem__(self, key: str, tensor: Any) -> None:
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # it would be dropped silently
+            raise NotImplementedError(
+                "Trying to use forward AD with ScriptModules, but they lose it"
+            )
         self._module.setattr(key, tensor)
 
     def __delitem__(self, key: str) -> None:

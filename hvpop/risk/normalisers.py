@@ -34,12 +34,14 @@ def normaliser_of(loss: Any) -> Normaliser | None:
         return functools.partial(
             _counted_classes, settings.get("weight"), settings.get("ignore_index", -100)
         )
-    if function in _BY_ELEMENT:
-        return lambda targets: float(targets.numel())
+    if function in _BY_ELEMENT and settings.get("reduction", "mean") == "mean":
+        return _elements
     return None
 
 
 def _advice(loss: Any, reduction: str) -> str:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
     name = getattr(loss, "__name__", None) or type(loss).__name__
     if reduction == "sum":
         return (
@@ -55,7 +57,7 @@ def _settings(loss: Any) -> tuple[Any, dict[str, Any]]:
         function, settings = _settings(loss.func)
         return function, settings | dict(loss.keywords)
     if isinstance(loss, nn.Module):
-        function = _FUNCTION_OF.get(type(loss))
+        function = _FUNCTION_OF.get(type(loss)) or _inherited(type(loss))
         names = ("reduction", "weight", "ignore_index")
         return function, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
     if inspect.isfunction(loss) and loss in (_BY_CLASS_WEIGHT | _BY_ELEMENT):
@@ -63,10 +65,24 @@ def _settings(loss: Any) -> tuple[Any, dict[str, Any]]:
     return None, {}
 
 
+def _inherited(loss: type[nn.Module]) -> Any:
+    """The function of a subclass that only adds to torch's loss, and computes it as torch does."""
+    for kind, function in _FUNCTION_OF.items():
+        if issubclass(loss, kind) and loss.forward is kind.forward:
+            return function
+    return None
+
+
+def _elements(targets: Tensor) -> float:
+    return float(targets.numel())
+
+
 def _counted_classes(weight: Tensor | None, ignore_index: int, targets: Tensor) -> float:
     """Cross entropy divides by the class weights of the targets that it does not ignore."""
     if targets.is_floating_point():  # class probabilities: divided by the number of predictions
         return float(targets.shape[0] * targets[:, :1].numel() / max(targets.shape[0], 1))
+    if targets.numel() == 0:
+        return 0.0
     if weight is None and ignore_index < 0 and targets.min() >= 0:
         return float(targets.numel())  # the usual case, at a fifth of the cost
     counted = targets[targets != ignore_index]
@@ -77,7 +93,7 @@ def _counted_classes(weight: Tensor | None, ignore_index: int, targets: Tensor) 
     )
 
 
-_FUNCTION_OF = {
+_FUNCTION_OF: dict[type[nn.Module], Any] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,
     nn.MSELoss: F.mse_loss,
@@ -88,6 +104,8 @@ _FUNCTION_OF = {
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
     nn.PoissonNLLLoss: F.poisson_nll_loss,
     nn.SoftMarginLoss: F.soft_margin_loss,
+    nn.HingeEmbeddingLoss: F.hinge_embedding_loss,
+    nn.KLDivLoss: F.kl_div,
 }
 _BY_CLASS_WEIGHT = {F.cross_entropy, F.nll_loss}
 _BY_ELEMENT = {
@@ -99,4 +117,6 @@ _BY_ELEMENT = {
     F.binary_cross_entropy_with_logits,
     F.poisson_nll_loss,
     F.soft_margin_loss,
+    F.hinge_embedding_loss,
+    F.kl_div,
 }

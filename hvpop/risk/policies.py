@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import checkpoint
+
+from .modules import ONE_THREAD
 
 
 class TwiceDifferentiable(AbstractContextManager[None]):
@@ -22,7 +23,8 @@ class TwiceDifferentiable(AbstractContextManager[None]):
     - compiled code run eagerly: AOT-compiled graphs have no double backward;
     - modules in the train or eval mode they had when the context was made, if it is given any.
 
-    Reentrant: entered once around a whole product, it costs each evaluation next to nothing.
+    Reentrant: entered once around a whole product, it costs each evaluation next to nothing. One
+    thread at a time is inside, since evaluations change modules and global flags for a while.
     Ops without a double backward are another context's work, see `hvpop.risk.rewrites`.
     """
 
@@ -31,6 +33,7 @@ class TwiceDifferentiable(AbstractContextManager[None]):
         self._depth = 0
 
     def __enter__(self) -> None:
+        ONE_THREAD.acquire()
         self._depth += 1
         if self._depth == 1:
             self._undo = ExitStack()
@@ -44,6 +47,7 @@ class TwiceDifferentiable(AbstractContextManager[None]):
         self._depth -= 1
         if self._depth == 0:
             self._undo.close()
+        ONE_THREAD.release()
 
     def _set_modes(self) -> None:
         for module, mode in self._modes:
@@ -83,31 +87,3 @@ def _call_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *arg
 
 def _call_around(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield  # torch calls the checkpointed function between the two steps of this generator
-
-
-class Seeded(AbstractContextManager[None]):
-    """torch's random numbers start from ``seed``, a 0-dim integer tensor; the user's are put back."""
-
-    def __init__(self, seed: Tensor | None) -> None:
-        # A fake tensor means that the evaluation is being traced, not run.
-        self._seed = int(seed) if type(seed) is Tensor else None
-
-    def __enter__(self) -> None:
-        if self._seed is not None:
-            self._state = torch.get_rng_state()
-            self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-            torch.default_generator.manual_seed(self._seed)
-            if self._cuda:
-                torch.cuda.manual_seed_all(self._seed)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._seed is not None:
-            torch.set_rng_state(self._state)
-            if self._cuda:
-                torch.cuda.set_rng_state_all(self._cuda)
-
-
-@cache
-def seed_tensor(seed: int) -> Tensor:
-    """The seed as data of a function, so that functions which differ by it alone are one."""
-    return torch.tensor(seed)

@@ -177,7 +177,9 @@ def _band(quadrature: Quadrature, grid: Tensor, width: float, n: int) -> Band:
     variance = 2 / (n + 2) * (square - value**2).clamp_min(0.0) / count
     # value ~ mean * chi2_d / d, with d such that its variance is the one above.
     tiny = torch.finfo(torch.float64).tiny
-    freedom = (2 * value**2 / variance.clamp_min(tiny)).clamp(1.0, 1e12)
-    quantiles = [[d / chdtri(d, p) for p in (0.025, 0.975)] for d in freedom.tolist()]
-    low, high = (value * torch.tensor(quantiles, dtype=torch.float64).T).unbind()
+    d = (2 * value**2 / variance.clamp_min(tiny)).clamp(1.0, 1e12)
+    low, high = (
+        value * d / torch.tensor(chdtri(d.tolist(), tail).tolist(), dtype=torch.float64)
+        for tail in (0.025, 0.975)
+    )
     return Band(value, variance.sqrt(), low, high)

@@ -117,8 +117,8 @@ class Lanczos(Task[Krylov]):
         worst = estimates[: self.k].max().item() if state.size >= self.k else torch.inf
         history = (*state.history, (state.products, worst))
         state = replace(state, theta=theta, S=S, estimates=estimates, history=history)
-        limit = self.rtol * state.norm
-        if state.size < self.k or worst > limit:
+        limit, rounding = self.rtol * state.norm, 4 * self.eps * state.norm
+        if worst > max(limit, rounding):
             return replace(state, residuals=torch.empty(0))
         residuals = self.measured(state)[1]
         state = replace(state, residuals=residuals, done=state.X.shape[1] == 0)
@@ -145,8 +145,9 @@ class Lanczos(Task[Krylov]):
             known = state.Q[: self.k].T
             state = self._restarted(state, self.k, self._orthonormal(V, known))
             return replace(state, search=0, residuals=torch.empty(0))
-        # An eigenvalue lies within the radius of each Ritz value: could it be a wanted one?
-        low, high = mu - radii, mu + radii
+        # Could a wanted one still come of it? The residual says how far a Ritz value may move, but a
+        # start that is nearly orthogonal to what it looks for makes it small at first.
+        low, high = mu - _CAUTION * radii, mu + _CAUTION * radii
         inner = torch.minimum(low.clamp_min(0.0), high)  # what is closest to zero
         possible = any(self._enters(state, end) for end in torch.cat([low, high, inner]).tolist())
         spent = mu.shape[0]
@@ -168,8 +169,8 @@ class Lanczos(Task[Krylov]):
             return None
         if state.residuals.max() <= self.rtol * state.norm:
             return "converged" if state.done else None
-        # The recurrence goes on shrinking where rounding holds the true residual up.
-        floor = state.estimates[: self.k].max() <= 0.1 * self.rtol * state.norm
+        # The estimates go on shrinking where rounding holds the true residuals up.
+        floor = state.estimates[: self.k].max() <= max(0.1 * self.rtol, 4 * self.eps) * state.norm
         return "stagnated" if floor or state.done else None
 
     def result(self, state: Krylov, status: Status) -> Eigenpairs:
@@ -217,7 +218,7 @@ class Lanczos(Task[Krylov]):
         space = self.room - Q.shape[1]
         X, R = torch.linalg.qr(F)
         V, s, Vh = torch.linalg.svd(R)
-        s, Vh = s.double().cpu(), Vh.double().cpu()
+        s, Vh = s.cpu().double(), Vh.cpu().double()
         alive = s > 10 * self.eps * norm
         X = X @ V
         if not alive.all():
@@ -247,7 +248,7 @@ class Lanczos(Task[Krylov]):
         theta = state.theta[:k].to(S)
         R = state.W[:rows].T @ S - state.Q[:rows].T @ (S * theta)
         inside = R - self.U @ (self.U.T @ R)
-        norms = [torch.linalg.vector_norm(V, dim=0).double().cpu() for V in (R, inside)]
+        norms = [torch.linalg.vector_norm(V, dim=0).cpu().double() for V in (R, inside)]
         return norms[0], norms[1]
 
     def _against(self, V: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +258,7 @@ class Lanczos(Task[Krylov]):
         V = V - Q @ C
         D = Q.T @ V  # "twice is enough"
         V = V - Q @ D
-        return V - self.U @ (self.U.T @ V), (C + D).double().cpu()
+        return V - self.U @ (self.U.T @ V), (C + D).cpu().double()
 
     def _orthonormal(self, V: Tensor, Q: Tensor | None = None) -> Tensor:
         """An orthonormal basis of ``V``, orthogonal to the deflated space and to ``Q``."""
@@ -309,6 +310,7 @@ class Lanczos(Task[Krylov]):
         return Krylov(**fields)
 
 
+_CAUTION = 3.0  # residuals
 _RANDOM_PART = 1e-2  # of a warm start
 
 

@@ -132,8 +132,9 @@ class _LogDet(Sampling[_State]):
                 f"logdet expects a positive definite operator, but {self.A!r} has an eigenvalue at or "
                 f"below {nodes[mass].min().item():.2e}; add damping: A + c * Identity.like(A)"
             )
+        n: int = self.A.shape[0]
         logs: Tensor = (weights * torch.where(mass, nodes, 1.0).log()).sum(0)
-        return logs * self.A.shape[0]
+        return logs * n
 
     def samples(self, state: _State) -> int:
         return state.values.shape[0]

@@ -38,7 +38,7 @@ def frobenius_norm(
     Returns
     -------
     Estimate
-        The interval is that of the squared norm, by Student's t, under the root.
+        The interval is Student's t for the logarithm of what is outside of the sketch.
 
     Examples
     --------
@@ -56,12 +56,15 @@ class _Frobenius(SplitSampling):
     name = "frobenius_norm"
 
     def read(self, state: SplitState) -> Band:
-        inside = (state.split.Z**2).sum().double().cpu()
-        outside = mean((state.split.outside()[1] ** 2).sum(0).double().cpu())
+        inside = (state.split.Z**2).sum().cpu().double()
+        outside = mean((state.split.outside()[1] ** 2).sum(0).cpu().double())
         value = (inside + outside.value).sqrt()
         slope = 0.5 / value.clamp_min(torch.finfo(torch.float64).tiny)
-        low, high = (inside + end for end in (outside.low, outside.high))
-        return Band(value, outside.standard_error * slope, low.clamp_min(0.0).sqrt(), high.sqrt())
+        # Squares are skew; the logarithm of their mean is less so.
+        half = outside.high - outside.value
+        factor = (half / outside.value.clamp_min(torch.finfo(torch.float64).tiny)).exp()
+        low, high = inside + outside.value / factor, inside + outside.value * factor
+        return Band(value, outside.standard_error * slope, low.sqrt(), high.nan_to_num().sqrt())
 
 
 def spectral_norm(

@@ -42,15 +42,15 @@ class Recurrences:
         alpha = (V * F).sum(0)
         F = F - V * alpha
         beta = torch.linalg.vector_norm(F, dim=0)
-        size = torch.cat([self.alpha.abs(), self.beta, alpha.double().cpu()[None].abs()]).amax(0)
-        done = beta.double().cpu() <= 10 * torch.finfo(F.dtype).eps * size
+        size = torch.cat([self.alpha.abs(), self.beta, alpha.cpu().double()[None].abs()]).amax(0)
+        done = beta.cpu().double() <= 10 * torch.finfo(F.dtype).eps * size
         beta = torch.where(done.to(F.device), 0.0, beta)  # an invariant subspace is complete
         following = torch.where(beta > 0, F / torch.where(beta > 0, beta, 1.0), 0.0)
         return Recurrences(
             V,
             following,
-            torch.cat([self.alpha, alpha.double().cpu()[None]]),
-            torch.cat([self.beta, beta.double().cpu()[None]]),
+            torch.cat([self.alpha, alpha.cpu().double()[None]]),
+            torch.cat([self.beta, beta.cpu().double()[None]]),
         )
 
     def measure(self, steps: int | None = None) -> tuple[Tensor, Tensor]:

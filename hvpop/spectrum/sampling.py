@@ -70,6 +70,7 @@ class Sampling(Task[S]):
     """A task that draws probes in rounds of up to ``block`` until the band is narrow enough."""
 
     unit: int  # products for one probe
+    least = 16  # probes before an error is believed
     state_type: type[S]
 
     def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: int) -> None:
@@ -111,7 +112,7 @@ class Sampling(Task[S]):
     def verdict(self, state: S) -> Status | None:
         if self.exhausted(state):
             return "converged"
-        if self.rtol is None or self.samples(state) < _LEAST:
+        if self.rtol is None or self.samples(state) < self.least:
             return None
         _, value, error = state.history[-1]
         return "converged" if error <= self.rtol * value else None
@@ -155,6 +156,3 @@ def sample(
             f"{task.name} expects max_products >= {2 * task.unit}, two probes, got {max_products}"
         )
     return run(task, max_products=max_products, progress=progress, checkpoint=checkpoint)
-
-
-_LEAST = 16  # probes before an error is believed

@@ -116,7 +116,7 @@ class Split:
 
 
 def _small(M: Tensor) -> Tensor:
-    return M.double().cpu()
+    return M.cpu().double()
 
 
 def _bordered(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class _Samples:
 
 class _Hutchinson(Sampling[_Samples]):
     name, unit, state_type = "trace by hutchinson", 1, _Samples
+    least = 32  # their spread varies more than that of what a sketch leaves over
 
     def start(self) -> _Samples:
         return _Samples(torch.empty(0, dtype=torch.float64))
@@ -97,7 +98,7 @@ class _Hutchinson(Sampling[_Samples]):
     def advance(self, state: _Samples, left: int) -> _Samples:
         n, count = self.A.shape[0], self.count(left)
         V = probes.signs(n, count, *self.like().values(), self.seed, self.name, state.products)
-        values = (V * (self.A @ V)).sum(0).double().cpu()
+        values = (V * (self.A @ V)).sum(0).cpu().double()
         return self.noted(
             _Samples(torch.cat([state.values, values]), state.products + count, state.history)
         )
@@ -114,9 +115,9 @@ class _HutchPlusPlus(SplitSampling):
 
     def read(self, state: SplitState) -> Band:
         split = state.split
-        inside = (split.Q * split.Z).sum().double().cpu()
+        inside = (split.Q * split.Z).sum().cpu().double()
         PG, APG = split.outside()
-        band = mean((PG * APG).sum(0).double().cpu())
+        band = mean((PG * APG).sum(0).cpu().double())
         return Band(band.value + inside, band.standard_error, band.low + inside, band.high + inside)
 
 

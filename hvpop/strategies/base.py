@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
@@ -63,24 +63,40 @@ class HVPStrategy(ABC):
         return f"{type(self).__name__}()"
 
 
-@contextmanager
-def grad_enabled() -> Iterator[None]:
+class grad_enabled(AbstractContextManager[None]):  # noqa: N801 (used like a function)
     """Grad mode on and autocast off, whatever the caller is in (``inference_mode`` included)."""
-    autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast:
-        yield
-        return
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-        for device in autocast:  # would make the products bf16-accurate
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+
+    def __enter__(self) -> None:
+        self._undo: ExitStack | None = None
+        autocast = [d for d in _AUTOCAST if torch.is_autocast_enabled(d)]
+        if autocast or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            self._undo = ExitStack()
+            self._undo.enter_context(torch.inference_mode(False))
+            self._undo.enter_context(torch.enable_grad())
+            for device in autocast:  # would make the products bf16-accurate
+                self._undo.enter_context(torch.autocast(device, enabled=False))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._undo is not None:
+            self._undo.close()
+
+
+_AUTOCAST = ("cpu", "cuda")
 
 
 def leaves(params: Params, *, differentiable: bool) -> Params:
-    """The tensors to differentiate by: ``params`` themselves if the result must reach back to them."""
+    """The tensors to differentiate by: ``params`` themselves where possible, else aliases of them.
+
+    An alias keeps the hooks of a parameter out of the derivative, and what it was computed from.
+    """
     if differentiable:
         return {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
-    return {n: plain(p).detach().requires_grad_() for n, p in params.items()}
+    return {
+        n: p
+        if p.is_leaf and p.requires_grad and not p._backward_hooks and not p.is_inference()
+        else plain(p).detach().requires_grad_()
+        for n, p in params.items()
+    }
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -90,9 +106,9 @@ def plain(tensor: Tensor) -> Tensor:
 
 def filled(names: Params, results: tuple[Tensor | None, ...], k: int | None = None) -> Params:
     """Results by name; a parameter that the function does not reach gets zeros."""
-    return {
-        name: like.new_zeros(like.shape if k is None else (k, *like.shape))
-        if result is None
-        else (result.to_dense() if result.is_sparse else result)
-        for (name, like), result in zip(names.items(), results, strict=True)
-    }
+    filled_in: Params = {}
+    for (name, like), result in zip(names.items(), results, strict=True):
+        if result is None:
+            result = like.new_zeros(like.shape if k is None else (k, *like.shape))
+        filled_in[name] = result.to_dense() if result.is_sparse else result
+    return filled_in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
-from .compiling.program import Program, first_line
+from .compiling.program import Program, Run, agree, first_line
 from .compiling.tracing import UntraceableError
 from .reverse import ReverseOverReverse
 
@@ -173,16 +172,12 @@ class _Map(LinearMap):
             self._prove()
         if self._program.run is None:
             return self._strategys().columns(V)
-        ordered = self._ordered(V)
-        if ordered[0].shape[0] == 1:
+        k = next(iter(V.values())).shape[0]
+        run = self._run_for(k) if k > 1 else None
+        if run is None:
             return super().columns(V)
         with _undifferentiated():
-            is_right = self._agrees_with_single(ordered)
-            run, complaints = self._program.columns(self._residuals, ordered, is_right)
-            self._compiled.complain(complaints)
-            if run is not None:
-                return self._named(run(*self._residuals, *ordered))
-        return super().columns(V)
+            return self._named(run(*self._residuals, *self._ordered(V)))
 
     def _prove(self) -> None:
         """Compare with the strategy in a direction that has a part along every eigenvector."""
@@ -197,16 +192,13 @@ class _Map(LinearMap):
         self._compiled.complain(complaints)
         self._reference = None
 
-    def _agrees_with_single(self, V: list[Tensor]) -> Callable[[Sequence[Tensor]], bool]:
-        """A combination of the columns' products is the product of the same combination."""
-
-        def is_right(result: Sequence[Tensor]) -> bool:
-            assert self._program.run is not None
-            combined = [_combined(column) for column in V]
-            expected = self._program.run(*self._residuals, *combined)
-            return agree([_combined(column) for column in result], expected)
-
-        return is_right
+    def _run_for(self, k: int) -> Run | None:
+        """The program for k columns, compared once with that for one."""
+        if k not in self._program.columns:
+            W = self._ordered(_generic(self._params, k))
+            with _undifferentiated():
+                self._compiled.complain(self._program.prove_columns(self._residuals, W))
+        return self._program.columns[k]
 
     def _strategys(self) -> LinearMap:
         if self._reference is None:
@@ -220,30 +212,13 @@ class _Map(LinearMap):
         return dict(zip(self._params, result, strict=True))
 
 
-def agree(result: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether two computations of the same tensors differ by no more than rounding.
-
-    Two orders of evaluation differ by far more than one unit of rounding where sums cancel; a third
-    of the digits are left to that. (An error of the method is of order one.)
-    """
-    error = math.hypot(*(float((a - b).norm()) for a, b in zip(result, expected, strict=True)))
-    size = math.hypot(*(float(b.norm()) for b in expected))
-    eps = max(torch.finfo(b.dtype).eps for b in expected)
-    return bool(error <= 4 * eps ** (2 / 3) * size)
-
-
-def _generic(params: Params) -> Params:
-    """A direction like any other, the same every time."""
+def _generic(params: Params, *k: int) -> Params:
+    """A direction like any other, or k of them, the same every time."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device)
+        name: torch.randn(*k, *p.shape, dtype=p.dtype, generator=generator).to(p.device)
         for name, p in params.items()
     }
-
-
-def _combined(columns: Tensor) -> Tensor:
-    weights = torch.arange(1, columns.shape[0] + 1, dtype=torch.float64).cos()
-    return torch.tensordot(weights.to(columns), columns, dims=1)
 
 
 def _signature(arguments: object) -> tuple[Hashable, ...]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction
 from .finite_difference import FiniteDifference
 from .graphs import NoSecondDerivativeError, OnceDifferentiableError
 from .reverse import ReverseOverReverse
+
+T = TypeVar("T")
 
 
 class FirstThatWorks(HVPStrategy):
@@ -37,10 +40,7 @@ class FirstThatWorks(HVPStrategy):
     def linearize(
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> LinearMap:
-        def build() -> LinearMap:
-            return self.current.linearize(fn, params, *args, differentiable=differentiable)
-
-        return _Retrying(self, build)
+        return self.current.linearize(fn, params, *args, differentiable=differentiable)
 
     def step_down(self, failed: HVPStrategy, error: NoSecondDerivativeError) -> None:
         """Leave a strategy that failed, unless it was the last."""
@@ -58,26 +58,17 @@ class FirstThatWorks(HVPStrategy):
         return repr(self.current)
 
 
-class _Retrying(LinearMap):
-    """A map of the chain's current strategy, built again when that changes."""
+def settled(strategy: HVPStrategy, compute: Callable[[], T]) -> T:
+    """What ``compute()`` returns, tried again after each step of `FirstThatWorks` down its chain.
 
-    def __init__(self, chain: FirstThatWorks, build: Callable[[], LinearMap]) -> None:
-        self._chain, self._build = chain, build
-        self._built_by: HVPStrategy | None = None
-        self._retry(lambda: {})
-
-    def __call__(self, v: Params) -> Params:
-        return self._retry(lambda: self._map(v))
-
-    def columns(self, V: Params) -> Params:
-        return self._retry(lambda: self._map.columns(V))
-
-    def _retry(self, compute: Callable[[], Params]) -> Params:
-        while True:
-            current = self._chain.current
-            try:
-                if self._built_by is not current:
-                    self._map, self._built_by = self._build(), current
-                return compute()
-            except NoSecondDerivativeError as error:
-                self._chain.step_down(current, error)
+    An op may turn out to have no second derivative as late as in a product, so what is tried again
+    is everything from the first `linearize` on.
+    """
+    while True:
+        used = strategy.current if isinstance(strategy, FirstThatWorks) else strategy
+        try:
+            return compute()
+        except NoSecondDerivativeError as error:
+            if not isinstance(strategy, FirstThatWorks):
+                raise
+            strategy.step_down(used, error)

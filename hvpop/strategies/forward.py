@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from .base import (
     HVPStrategy,
@@ -21,6 +24,7 @@ from .base import (
     plain,
 )
 from .graphs import explained
+from .reverse import ReverseOverReverse
 
 
 class ForwardOverReverse(HVPStrategy):
@@ -28,7 +32,8 @@ class ForwardOverReverse(HVPStrategy):
 
     Keeps nothing between products, so memory is that of one gradient with its graph; each product
     evaluates the function anew. Needs forward-mode rules for every op of the function and of its
-    gradient.
+    gradient. Some of torch's rules are wrong, so the first product with a function is compared with
+    that of reverse-over-reverse, and a warning tells if they differ.
 
     Examples
     --------
@@ -39,11 +44,18 @@ class ForwardOverReverse(HVPStrategy):
     tensor([ 6., 12.])
     """
 
+    def __init__(self) -> None:
+        self._compared: ScalarFunction | None = None
+
     def linearize(
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> LinearMap:
         _load_forward_rules()
-        return _TangentOfGradient(self, fn, params, args, differentiable)
+        linear = _TangentOfGradient(self, fn, params, args, differentiable)
+        if self._compared == fn or differentiable:
+            return linear
+        self._compared = fn
+        return _ComparedOnce(linear, fn, params, args)
 
 
 class _TangentOfGradient(LinearMap):
@@ -66,7 +78,8 @@ class _TangentOfGradient(LinearMap):
                 dual = {
                     n: forward_ad.make_dual(p, plain(v[n]).to(p.dtype)) for n, p in point.items()
                 }
-                loss = self._fn(dual, *self._args)
+                with _NoGradStopsTangents():
+                    loss = self._fn(dual, *self._args)
                 if not loss.requires_grad:
                     return filled(point, (None,) * len(point))
                 # create_graph even though no third derivative is wanted: without it some backward
@@ -79,6 +92,65 @@ class _TangentOfGradient(LinearMap):
                 )
             products = filled(point, tangents)
         return products if self._differentiable else {n: t.detach() for n, t in products.items()}
+
+
+class _ComparedOnce(LinearMap):
+    """A map whose first product is made by reverse-over-reverse as well."""
+
+    def __init__(
+        self,
+        linear: LinearMap,
+        fn: ScalarFunction,
+        params: Params,
+        args: tuple[object, ...],
+    ) -> None:
+        self._linear = linear
+        self._reference: Callable[[], LinearMap] | None = lambda: ReverseOverReverse().linearize(
+            fn, params, *args
+        )
+
+    def __call__(self, v: Params) -> Params:
+        product = self._linear(v)
+        if self._reference is not None:
+            linearize, self._reference = self._reference, None
+            reference = None
+            with suppress(Exception):  # an op without a double backward, or no memory for a graph
+                reference = linearize()(v)
+            if reference is not None:
+                _compare(product, reference, v)
+        return product
+
+
+def _compare(product: Params, reference: Params, v: Params) -> None:
+    error = _norm({n: p - reference[n] for n, p in product.items()})
+    eps = max(torch.finfo(p.dtype).eps for p in product.values())
+    scale = max(_norm(product), _norm(reference))
+    if error > eps**0.4 * scale and error > 1000 * eps * _norm(v):
+        warnings.warn(
+            f"ForwardOverReverse and ReverseOverReverse differ by {error / scale:.0e} on the first "
+            "product: a forward-mode rule of torch, or of a custom autograd.Function, contradicts "
+            "the reverse-mode one; H.check() tells more",
+            stacklevel=2,
+        )
+
+
+class _NoGradStopsTangents(TorchFunctionMode):
+    """Under ``torch.no_grad()`` tangents stop as gradients do; torch lets them through."""
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch._C._set_fwd_grad_enabled(True)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -98,3 +170,7 @@ def _load_forward_rules() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+def _norm(tensors: Params) -> float:
+    return math.hypot(*(float(t.norm()) for t in tensors.values()))

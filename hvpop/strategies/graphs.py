@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -46,21 +46,29 @@ _MISSING = (
 )
 
 
-@contextmanager
-def explained(strategy: object) -> Iterator[None]:
+class explained(AbstractContextManager[None]):  # noqa: N801 (used like a function)
     """Turn torch's complaints about missing derivatives into a `NoSecondDerivativeError`."""
-    try:
-        yield
-    except (NoSecondDerivativeError, NoDerivativeError):
-        raise
-    except (RuntimeError, NotImplementedError) as error:
+
+    def __init__(self, strategy: object) -> None:
+        self._strategy = strategy
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
+    ) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, _EXPLAINED):
+            return  # NotImplementedError is a RuntimeError
         for pattern, words in _HOPELESS:
             if re.search(pattern, str(error)):
                 raise NoDerivativeError(words) from error
         reason = why_missing(error)
-        if reason is None:
-            raise
-        raise NoSecondDerivativeError(f"{strategy!r}: {reason}; {_HINT}") from error
+        if reason is not None:
+            raise NoSecondDerivativeError(f"{self._strategy!r}: {reason}; {_HINT}") from error
+
+
+_EXPLAINED = (NoSecondDerivativeError, NoDerivativeError)
 
 
 def why_missing(error: Exception) -> str | None:

@@ -44,7 +44,10 @@ class Watched:
     """An operator that counts its products and passes, and fails at a chosen one."""
 
     def __init__(
-        self, A: LinearOperator, fail_at: int | None = None, error: type[BaseException] = RuntimeError
+        self,
+        A: LinearOperator,
+        fail_at: int | None = None,
+        error: type[BaseException] = RuntimeError,
     ) -> None:
         self.products = self.passes = 0
         self.fail_at, self.error, self.A = fail_at, error, A

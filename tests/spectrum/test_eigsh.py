@@ -33,16 +33,18 @@ def wanted(eigenvalues: torch.Tensor, which: str) -> torch.Tensor:
 def test_eigenpairs_are_those_of_the_matrix(name: str, which: str, block: int) -> None:
     spectrum = SPECTRA[name]
     M, _ = matrix(spectrum)
-    # Without an inverse the small end of condition 1e8 needs the whole space; so do many copies.
-    basis = 150 if which in ("SA", "BE") and name in ("condition 1e8", "multiple") else None
-    found = eigsh(Dense(M, symmetric=True), K, which, block=block, basis=basis)  # type: ignore[arg-type]
+    # The small end of these two is closer together than products can tell; the whole space can.
+    hard = which in ("SA", "BE") and name in ("condition 1e8", "multiple")
+    basis, block = (150, max(block, 3 if name == "multiple" else 1)) if hard else (None, block)
+    rtol = 1e-9
+    found = eigsh(Dense(M, symmetric=True), K, which, block=block, basis=basis, rtol=rtol)  # type: ignore[arg-type]
     size = spectrum.abs().max()
     assert found.status == "converged"
     assert (found.eigenvalues - wanted(spectrum, which)).abs().max() <= 1e-8 * size
     V = found.eigenvectors
     assert (V.T @ V - torch.eye(K, dtype=F64)).abs().max() < 1e-12
     residuals = torch.linalg.vector_norm(M @ V - V * found.eigenvalues, dim=0)
-    assert residuals.max() <= 1.5e-8 * size
+    assert residuals.max() <= rtol * size + 1e-14
     torch.testing.assert_close(residuals, found.residuals, rtol=1e-6, atol=1e-13)
 
 
@@ -53,7 +55,9 @@ def test_eigenvectors_of_simple_eigenvalues_are_right_to_1e_8() -> None:
     truth = Q[:, spectrum.abs().argsort(descending=True)[:K]]
     cosines = (truth.T @ found.eigenvectors).abs().amax(0)
     assert (1 - cosines).max() < 1e-15 + (1e-8) ** 2
-    sines = torch.linalg.vector_norm(found.eigenvectors - truth @ (truth.T @ found.eigenvectors), dim=0)
+    sines = torch.linalg.vector_norm(
+        found.eigenvectors - truth @ (truth.T @ found.eigenvectors), dim=0
+    )
     assert sines.max() < 1e-8
 
 
@@ -119,7 +123,9 @@ def test_the_digits_hessian_needs_at_most_scipys_products_and_a_tenth(
     for seed in range(3):
         watched = Watched(H)
         v0 = torch.randn(H.shape[0], dtype=F64, generator=generator(seed)).numpy()
-        values, vectors = scipy.sparse.linalg.eigsh(watched.operator, k=10, which="LA", tol=tol, v0=v0)
+        values, vectors = scipy.sparse.linalg.eigsh(
+            watched.operator, k=10, which="LA", tol=tol, v0=v0
+        )
         theirs += watched.products
         V = torch.from_numpy(np.ascontiguousarray(vectors))
         R = H @ V - V * torch.from_numpy(values)
@@ -166,10 +172,10 @@ def test_single_precision_and_half_models_converge() -> None:
     single = eigsh(Dense(M.float(), symmetric=True), 3)
     assert single.status == "converged"
     assert single.eigenvectors.dtype is torch.float32
-    torch.testing.assert_close(single.eigenvalues.double(), torch.tensor([1.28, 1.6, 2.0]).double(), rtol=1e-5, atol=0)
-    half = FromFunction(
-        lambda V: M.float() @ V, (150, 150), dtype=torch.bfloat16, symmetric=True
+    torch.testing.assert_close(
+        single.eigenvalues.double(), torch.tensor([1.28, 1.6, 2.0]).double(), rtol=1e-5, atol=0
     )
+    half = FromFunction(lambda V: M.float() @ V, (150, 150), dtype=torch.bfloat16, symmetric=True)
     assert eigsh(half, 3).eigenvectors.dtype is torch.float32
 
 
@@ -236,7 +242,9 @@ def test_the_text_of_a_result_says_what_matters() -> None:
         ({"deflate": torch.ones(3, 2)}, ValueError, "deflate to be a tensor"),
     ],
 )
-def test_misuse_is_refused(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+def test_misuse_is_refused(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         eigsh(Diagonal(torch.arange(10, dtype=F64)), **{"k": 2, **arguments})  # type: ignore[arg-type]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from .sums import args_of, aten
 
@@ -59,34 +61,78 @@ def reuse_buffers(graph_module: fx.GraphModule) -> None:
     for node in graph.nodes:
         if node.target not in _IN_PLACE:
             continue
-        if node.target is aten.add.Tensor and not node.kwargs and not _free(node, order):
+        if node.target is aten.add.Tensor and not node.kwargs and not _expendable(node, order):
             node.args = node.args[::-1]
-        if _free(node, order):
+        if _expendable(node, order):
             node.target = _IN_PLACE[node.target]
     graph_module.recompile()
 
 
+def undo_writes(graph_module: fx.GraphModule) -> bool:
+    """The inverse: plain operations for those that write into such an operand. Whether all could go."""
+    graph = graph_module.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    writes = [node for node in graph.nodes if writing(node)]
+    for node in writes:
+        plain = _plain_form(node.target)
+        if plain is None or not (_reshaping(node, order) or _expendable(node, order)):
+            return False
+        node.target = plain
+    graph_module.recompile()
+    return True
+
+
+def writing(node: fx.Node) -> bool:
+    """Whether the node changes one of its operands."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
 def owned(node: fx.Node) -> bool:
     """Whether the node's memory was made in the graph and is reached through this node only."""
-    if node.target in _FRESH or node.target in _WRITERS:
-        return True
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
+    if node.target is operator.getitem and isinstance(source, fx.Node):
+        return _fresh(source)
+    if node.target in _IN_PLACE.values() or _fresh(node):
+        return True
+    is_view = node.target in (aten.permute.default, aten.reshape.default)
+    return is_view and isinstance(source, fx.Node) and len(source.users) == 1 and owned(source)
+
+
+def _fresh(node: fx.Node) -> bool:
+    """Whether the node's results are new memory, whatever its operands are."""
+    if not isinstance(node.target, OpOverload) or node.target is aten._unsafe_view.default:
         return False
-    if node.target is operator.getitem:
-        return source.target in _FRESH
-    return node.target in _VIEWS and len(source.users) == 1 and owned(source)
+    return all(result.alias_info is None for result in node.target._schema.returns)
 
 
-def _free(node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether the node may overwrite its first operand."""
+def _expendable(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the node may write into its first operand, or had no need to."""
     operand, *others = args_of(node)
     if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not owned(operand):
         return False
-    if operand in others:
+    if any(other is operand or _promotes(operand, other) for other in others):
         return False
     readers = [user for user in operand.users if user is not node]
-    return all(order[user] < order[node] and user.target in _FRESH for user in readers)
+    return all(order[user] < order[node] and _fresh(user) for user in readers)
+
+
+def _reshaping(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the node changes its operand's shape only (``unsqueeze_``), and for its own readers."""
+    if torch.Tag.inplace_view not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    return all(order[user] <= order[node] for user in args_of(node)[0].users)
+
+
+def _plain_form(target: OpOverload) -> OpOverload | None:
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None)
+
+
+def _promotes(operand: fx.Node, other: Any) -> bool:
+    """Whether a plain operation might have another dtype than one that writes into the operand."""
+    val = other.meta["val"] if isinstance(other, fx.Node) else None
+    return isinstance(val, torch.Tensor) and val.ndim > 0 and val.dtype != operand.meta["val"].dtype
 
 
 def _like(node: fx.Node) -> tuple[Any, ...]:
@@ -102,19 +148,3 @@ _IN_PLACE = {
     aten.baddbmm.default: aten.baddbmm_.default,
     aten.mul.Tensor: aten.mul_.Tensor,
 }
-_WRITERS = set(_IN_PLACE.values())
-# Their results are new memory.
-_FRESH = {
-    aten.bmm.default,
-    aten.cat.default,
-    aten.clone.default,
-    aten.convolution.default,
-    aten.convolution_backward.default,
-    aten.embedding_dense_backward.default,
-    aten.index_select.default,
-    aten.mm.default,
-    aten.native_layer_norm_backward.default,
-    aten.sum.dim_IntList,
-    *_IN_PLACE,
-}
-_VIEWS = {aten.permute.default, aten.reshape.default}

@@ -60,7 +60,7 @@ class _Walk:
             value = args[0]
         if value is None:
             args, kwargs = map_values((args, kwargs), self._writer.written)
-            value = self._writer.call(node.target, *args, **kwargs)
+            value = self._writer.copy(node, args, kwargs)
         return value
 
     def _settled(self, node: fx.Node, value: Value) -> Value:

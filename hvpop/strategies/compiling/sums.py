@@ -66,14 +66,25 @@ class Writer:
         """The node ``target(*args)``: the one there is, or a new one."""
         key = (target, _frozen(args), _frozen(kwargs))
         if key not in self._known:
-            node = self.graph.call_function(target, args, kwargs)
             fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda a: a.meta["val"])
             with self._mode, torch.no_grad():
-                node.meta["val"] = target(*fake_args, **fake_kwargs)
-            if self.varies((args, kwargs)):
-                self.varying.add(node)
-            self._known[key] = node
+                val = target(*fake_args, **fake_kwargs)
+            self._known[key] = self._node(val, target, args, kwargs)
         return self._known[key]
+
+    def copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        """The old node's operation, whose result is known, of the new arguments."""
+        key = (node.target, _frozen(args), _frozen(kwargs))
+        if key not in self._known:
+            self._known[key] = self._node(node.meta["val"], node.target, args, kwargs)
+        return self._known[key]
+
+    def _node(self, val: Any, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = val
+        if self.varies((args, kwargs)):
+            self.varying.add(node)
+        return node
 
     # -- algebra -------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .buffers import undo_writes, writing
+
 
 class UntraceableError(Exception):
     """The function has no graph that is right for every product; the message says why."""
@@ -25,25 +27,18 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.G
     UntraceableError
         If the graph draws random numbers, or writes to something that outlives one call.
     """
-    graph_module = _pure(fn, inputs)
-    if any(_mutable(node) for node in graph_module.graph.nodes):
-        # In-place operations on temporaries become plain ones; others survive this, and are refused.
-        graph_module = _pure(torch.func.functionalize(graph_module, remove="mutations"), inputs)
+    graph_module = _graph(fn, inputs)
+    if not undo_writes(graph_module):
+        graph_module = _graph(torch.func.functionalize(graph_module, remove="mutations"), inputs)
     for node in graph_module.graph.nodes:
-        if _mutable(node):
+        if writing(node):
             raise UntraceableError(f"{node.target} writes to an input or to a captured tensor")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise UntraceableError(f"{node.target} draws random numbers")
     return graph_module
 
 
-def _pure(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+def _graph(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
     graph_module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
     return graph_module
-
-
-def _mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

@@ -1,0 +1,1 @@
+"""Tests of Hessians of models over data."""
