@@ -1,7 +1,7 @@
 """Composed operators: with the top of the spectrum projected out, what is left comes first.
 
 ``P @ H @ P`` with ``P = I - V V'`` is the Hessian outside the span of its top eigenvectors ``V``.
-It is one more operator: SciPy's `eigsh` finds its largest eigenvalues, which are the next ones of H.
+It is one more operator: the largest eigenvalues that `eigsh` finds are the next ones of H.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -31,7 +30,7 @@ class Batches:
         self._data = data
         self._seed = seed
         self._one_shot = isinstance(data, Iterator)
-        self._checksum: tuple[float, ...] | None = None
+        self._checksums: list[str] = []  # of the batches, and then "the end"
         self._warned = False
 
     @property
@@ -59,19 +58,23 @@ class Batches:
             )
 
     def _read(self) -> Iterator[Any]:
-        checksum = []
+        count = 0
         with private_rng(self._seed), _as_at_the_first_pass(self._data, self._seed):
             for batch in _undisturbed(self._data):
-                checksum.append(
-                    sum(float(t.sum()) for t in tensors_in(batch) if not t.is_complex())
-                )
+                self._check(count, _checksum(batch))
+                count += 1
                 yield batch
-        if self._checksum is None:
-            self._checksum = tuple(checksum)
-        elif not np.array_equal(self._checksum, checksum, equal_nan=True):
+        self._check(count, "the end")
+
+    def _check(self, i: int, checksum: str) -> None:
+        """Refuse a batch that is not what it was, or a pass that does not end where the first did."""
+        if i == len(self._checksums):
+            self._checksums.append(checksum)
+        elif self._checksums[i] != checksum:
             raise RuntimeError(
-                f"the data ({type(self._data).__name__}) gave other batches than at the first pass, "
-                "so there is no one Hessian: pass list(data), or seed what draws them at random"
+                f"the data ({type(self._data).__name__}) gave other batches than at the first pass "
+                f"(from batch {i} on), so there is no one Hessian: pass list(data), or seed what "
+                "draws them at random"
             )
 
     def _warn_about_dropped_samples(self) -> None:
@@ -92,6 +95,11 @@ class Batches:
             "build it with drop_last=False (uneven batches are weighted right)",
             stacklevel=2,
         )
+
+
+def _checksum(batch: Any) -> str:
+    # As text, since NaN does not equal itself.
+    return repr([t.sum().item() for t in tensors_in(batch)])
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
@@ -137,6 +145,11 @@ def tensors_in(batch: Any) -> list[Tensor]:
         for field in dataclasses.fields(batch):
             found += tensors_in(getattr(batch, field.name))
     return found
+
+
+def version_of(batch: Any) -> int:
+    """A number that changes when a tensor of the batch is written to."""
+    return sum(0 if t.is_inference() else t._version for t in tensors_in(batch))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

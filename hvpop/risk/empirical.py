@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
-from .batches import Batches, to_device
+from .batches import Batches, to_device, version_of
 from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
 from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
@@ -133,6 +133,7 @@ class EmpiricalRisk:
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0
+        self._known: dict[int, tuple[Any, int, float]] = {}
         self._rewrites = Rewrites()
         by_samples = average.weight is None and not knows_divisor(batch_loss)
         self._watch = DivisorWatch() if by_samples else None
@@ -182,13 +183,27 @@ class EmpiricalRisk:
         for i, batch in enumerate(self._data):
             if i > 0:
                 self.refuse_unknown_divisors()
-            moved = to_device(batch, device)
-            self._moved += moved is not batch
-            weight = self._weight(moved)
+            moved, weight = self._ready(i, batch, device)
             if weight > 0:  # a mean over nothing (all targets ignored) is not a number
                 yield Term(self.loss, (moved, seed_tensor(self.seed + i)), weight, f"batch {i}")
         if i > 0:
             self.refuse_unknown_divisors()
+
+    def _ready(self, i: int, batch: Any, device: torch.device) -> tuple[Any, float]:
+        """A batch on the device, and its weight; known already if it has stayed where it is."""
+        if not self._data.in_memory:
+            moved = to_device(batch, device)
+            return moved, self._weight(moved)
+        known, version, weight = self._known.get(i, (None, 0, 0.0))
+        if known is batch and version == version_of(batch):
+            return batch, weight
+        moved = to_device(batch, device)
+        weight = self._weight(moved)
+        if moved is batch:
+            self._known[i] = (batch, version_of(batch), weight)
+        else:
+            self._moved += 1
+        return moved, weight
 
     def refuse_unknown_divisors(self) -> None:
         """Raise if evaluations so far have shown that batches are not weighted right."""
@@ -200,6 +215,9 @@ class EmpiricalRisk:
     ) -> Tensor:
         """The loss of one batch at ``params``: a 0-dim tensor. The model is as before afterwards."""
         if self._plain:
+            live = self._inventory.parameters
+            if not state and all(live.get(n) is p for n, p in params.items()):
+                return scalar(self.batch_loss(self.model, batch))
             with self._inventory.holding(state | params):
                 return scalar(self.batch_loss(self.model, batch))
         value = self._evaluated(params, state, batch, seed)

@@ -138,7 +138,7 @@ class _NoGradStopsTangents(TorchFunctionMode):
     """Under ``torch.no_grad()`` tangents stop as gradients do; torch lets them through."""
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch._C._set_fwd_grad_enabled(True)
 
     def __torch_function__(

@@ -120,9 +120,7 @@ def convolutional() -> nn.Module:
 
 
 def normalized() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(16, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)
-    )
+    return nn.Sequential(nn.Linear(16, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3))
 
 
 MODELS = {
