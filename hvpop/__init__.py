@@ -11,7 +11,7 @@ from .operators import (
     Layout,
     LinearOperator,
     LowRank,
-    Selection,
+    Restriction,
 )
 from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk
 from .strategies import (
@@ -43,6 +43,6 @@ __all__ = [
     "LinearOperator",
     "LowRank",
     "ReverseOverReverse",
-    "Selection",
+    "Restriction",
     "block_diagonal",
 ]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..operators import BlockDiagonal, LinearOperator, Selection
+from ..operators import BlockDiagonal, LinearOperator, Restriction
 from ..operators.algebra import Product, Transposed
-from ..risk.modules import Selection as Chosen
+from ..risk.modules import Selection
 
 if TYPE_CHECKING:
     from .hessian import HessianOperator
@@ -18,7 +18,7 @@ Grouping = Literal["layer", "parameter"] | Callable[[str], str]
 """By module, by parameter, or by whatever a function of the parameter's name returns."""
 
 
-def block(H: HessianOperator, rows: Chosen, cols: Chosen = None) -> LinearOperator:
+def block(H: HessianOperator, rows: Selection, cols: Selection = None) -> LinearOperator:
     """The block of ``H`` for the parameters ``rows`` and ``cols`` (by default the same).
 
     See `HessianOperator.block`.
@@ -78,8 +78,8 @@ def _itself(name: str) -> str:
 _BY: dict[str, Callable[[str], str]] = {"layer": _layer, "parameter": _itself}
 
 
-def _picked(H: HessianOperator, names: list[str]) -> Selection:
-    """The selection of some parameters' entries, in the order of ``names``."""
+def _picked(H: HessianOperator, names: list[str]) -> Restriction:
+    """The restriction to some parameters' entries, in the order of ``names``."""
     places = dict(H.layout.slices())
     index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
-    return Selection(index, H.shape[0], dtype=H.torch_dtype, device=H.device)
+    return Restriction(index, H.shape[0], dtype=H.torch_dtype, device=H.device)

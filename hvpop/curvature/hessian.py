@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from contextlib import closing
 from math import isfinite
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import LinearOperator
+from ..operators import Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import SAMPLES, Average, EmpiricalRisk
 from ..risk.empirical import Mode
@@ -99,7 +100,7 @@ class HessianOperator(LinearOperator):
                 "for example strategy=ForwardOverReverse()"
             )
         point = risk.parameters()
-        self.layout = layout_of(point)
+        self._layout = layout_of(point)
         dtype, device = space_of(point)
         if dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
@@ -109,8 +110,21 @@ class HessianOperator(LinearOperator):
             )
         n = self.layout.size
         LinearOperator.__init__(self, (n, n), dtype=dtype, device=device, symmetric=True)
+        self._passes = self._products = 0
+        self._seconds = 0.0
         self.risk = risk
         self.strategy = FirstThatWorks() if strategy is None else strategy
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def report(self) -> str:
+        """The strategy in use, and what the products have cost so far."""
+        return (
+            f"{self.strategy!r}: live, nothing kept; {self._products} products, "
+            f"passes over the data: {self._passes}, time: {self._seconds:.2f} s"
+        )
 
     def block(self, rows: Selection, cols: Selection = None) -> LinearOperator:
         """The block of some parameters (rows) against others (columns, by default the same).
@@ -159,7 +173,12 @@ class HessianOperator(LinearOperator):
         return "HessianOperator" if usual else f"HessianOperator[{self.strategy!r}]"
 
     def _apply(self, V: Tensor) -> Tensor:
-        return settled(self.strategy, lambda: self._product(V))
+        start = time.perf_counter()
+        Y = settled(self.strategy, lambda: self._product(V))
+        self._passes += 1
+        self._products += V.shape[1]
+        self._seconds += time.perf_counter() - start
+        return Y
 
     def _product(self, V: Tensor) -> Tensor:
         point, state = self._live()

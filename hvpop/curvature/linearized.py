@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
 from ..risk.merging import stacked
@@ -50,7 +50,7 @@ class Report:
         return (
             f"{self.strategy}: {self.batches} batches{joined}, maps of {self.kept} kept in "
             f"{self.bytes / 2**20:.1f} of {self.budget / 2**20:.0f} MiB; {self.products} products, "
-            f"{self.passes} passes over the data, {self.seconds:.2f} s"
+            f"passes over the data: {self.passes}, time: {self.seconds:.2f} s"
         )
 
 
@@ -87,7 +87,7 @@ class LinearizedHessian(LinearOperator):
         memory: Memory,
     ) -> None:
         dtype, device = space_of(point)
-        self.layout = layout_of(point)
+        self._layout = layout_of(point)
         n = self.layout.size
         super().__init__((n, n), dtype=dtype, device=device, symmetric=True)
         self._budget = budget_in_bytes(memory, self.device)
@@ -101,6 +101,10 @@ class LinearizedHessian(LinearOperator):
         self._preparation: Preparation | None = None
         self._passes = self._products = 0
         self._seconds = 0.0
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled; a copy prepares anew.
@@ -125,6 +129,7 @@ class LinearizedHessian(LinearOperator):
         )
 
     def _apply(self, V: Tensor) -> Tensor:
+        self._prepared()
         start = time.perf_counter()
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self.risk.policies:
@@ -156,9 +161,11 @@ class LinearizedHessian(LinearOperator):
 
     def _prepared(self) -> Preparation:
         if self._preparation is None:
+            start = time.perf_counter()
             with grad_enabled(), self.risk.policies:
-                self._preparation = self._prepare()
+                self._preparation = settled(self.strategy, self._prepare)
             self._passes += 1
+            self._seconds += time.perf_counter() - start
         return self._preparation
 
     def _prepare(self) -> Preparation:

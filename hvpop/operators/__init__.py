@@ -5,7 +5,7 @@ from .basic import Dense, Diagonal, FromFunction, Identity, LowRank
 from .blocks import BlockDiagonal
 from .damped import Damped
 from .layout import Layout
-from .selection import Selection
+from .restriction import Restriction
 
 __all__ = [
     "BlockDiagonal",
@@ -17,5 +17,5 @@ __all__ = [
     "Layout",
     "LinearOperator",
     "LowRank",
-    "Selection",
+    "Restriction",
 ]

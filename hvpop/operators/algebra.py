@@ -147,6 +147,19 @@ class Transposed(Composite):
     _adjoint = _transpose
 
 
+def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:
+    """``A @ B`` with scalars in front, so that ``c * A @ A`` is seen to be symmetric."""
+    scale = 1.0
+    factors = []
+    for factor in (A, B):
+        if type(factor) is Scaled:
+            scale *= factor.scale
+            factor = factor.parts[0]
+        factors.append(factor)
+    product = Product(*factors)
+    return product if A is factors[0] and B is factors[1] else Scaled(scale, product)
+
+
 def _are_transposes(A: LinearOperator, B: LinearOperator) -> bool:
     if A is B:
         return A.symmetric

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import crossing
+from .layout import Layout
 
 Memory = int | str | None
 """A memory budget: bytes, text such as ``"2GiB"``, or None for the operator's default."""
@@ -88,6 +89,13 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
         """Make this matrix ready; ``done`` remembers parts that occur more than once, by id."""
         return self
+
+    @property
+    def layout(self) -> Layout | None:
+        """Which entries belong to which named parameter, where that is known."""
+        layouts = {part.layout for part in self._children() if part.layout is not None}
+        known = layouts.pop() if len(layouts) == 1 else None
+        return known if known is not None and known.size == self.shape[1] else None
 
     def _children(self) -> tuple[LinearOperator, ...]:
         return ()
@@ -174,6 +182,10 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         """Whether a linearized operator still is the matrix of the live model."""
         return all(part.is_current() for part in self._children())
 
+    def report(self) -> object:
+        """What a linearized operator keeps and has cost; prints as text, empty if nothing."""
+        return "\n".join(filter(None, (str(part.report()) for part in self._children())))
+
     # -- algebra ----------------------------------------------------------------------------------
 
     def _transpose(self) -> LinearOperator:
@@ -210,10 +222,10 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         return -1.0 * self
 
     def __mul__(self, other: Any) -> Any:
-        from .algebra import Product, Scaled
+        from .algebra import Scaled, times
 
         if isinstance(other, LinearOperator):
-            return Product(self, other)
+            return times(self, other)
         if _is_scalar(other):
             return Scaled(_real(self, other), self)
         if isinstance(other, scipy.sparse.linalg.LinearOperator):

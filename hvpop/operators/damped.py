@@ -12,7 +12,6 @@ from . import crossing
 from .algebra import Composite
 from .base import LinearOperator
 from .crossing import NDArrayAny
-from .layout import Layout
 
 
 class Damped(Composite):
@@ -89,7 +88,7 @@ def _column(
 
 
 def _by_name(A: LinearOperator, damping: Mapping[str, float]) -> Tensor:
-    layout: Layout | None = getattr(A, "layout", None)
+    layout = A.layout
     if layout is None:
         raise TypeError(
             f"{A!r} has no named parameters; give its damping by entry, shape ({A.shape[0]},)"

@@ -167,11 +167,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _ready(tensor: Tensor, device: torch.device) -> Tensor:
-    moved = tensor if tensor.device == device else tensor.to(device, non_blocking=True)
-    if moved.is_inference():  # autograd refuses to save tensors made under inference_mode
-        with torch.inference_mode(False):
-            moved = moved.clone()
-    return moved
+    return usable(tensor if tensor.device == device else tensor.to(device, non_blocking=True))
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """The tensor, as a copy if it was made under ``inference_mode``: autograd cannot save those."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 @contextmanager

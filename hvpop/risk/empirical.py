@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
-from .batches import Batches, to_device, version_of
+from .batches import Batches, to_device, usable, version_of
 from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
 from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
@@ -321,7 +321,8 @@ class EmpiricalRisk:
     def is_random(self, term: Term) -> bool:
         """Whether a batch's loss draws random numbers (dropout, sampling): one forward pass."""
         batch, seed = term.data
-        point, state = self.parameters(), self.state()
+        live = self.parameters(), self.state()
+        point, state = ({n: usable(t) for n, t in tensors.items()} for tensors in live)
         if self._draws_beside_torch is None:
             self.loss(point, state, batch, seed)
         if self._draws_beside_torch:

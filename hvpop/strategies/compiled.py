@@ -16,7 +16,6 @@ from .compiling.program import Program, Run, agree, first_line
 from .compiling.tracing import UntraceableError
 from .reverse import ReverseOverReverse
 
-_REVERSE = ReverseOverReverse()
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _MOST_PROGRAMS = 64  # kept; functions made anew for each call would pile up otherwise
 
@@ -37,8 +36,9 @@ class Compiled(HVPStrategy):
 
     Parameters
     ----------
-    strategy : HVPStrategy
-        The strategy to fall back on and to be compared with. Serves ``differentiable=True``.
+    strategy : HVPStrategy, optional
+        The strategy to fall back on and to be compared with; `ReverseOverReverse` by default. Serves
+        ``differentiable=True``.
     compiler : bool
         Hand the graph to TorchInductor, too, and keep whichever runs faster. Takes seconds for small
         networks and a minute or more for deep ones, once per batch shape, and needs a C++ compiler.
@@ -69,8 +69,8 @@ class Compiled(HVPStrategy):
     tensor([ 0.0000, -0.6397], dtype=torch.float64)
     """
 
-    def __init__(self, strategy: HVPStrategy = _REVERSE, *, compiler: bool = True) -> None:
-        self.strategy = strategy
+    def __init__(self, strategy: HVPStrategy | None = None, *, compiler: bool = True) -> None:
+        self.strategy = ReverseOverReverse() if strategy is None else strategy
         self.compiler = compiler
         self.fallback_reason: str | None = None
         self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()

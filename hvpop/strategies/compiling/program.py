@@ -130,7 +130,9 @@ def _seconds(run: Run, arguments: Sequence[Tensor]) -> float:
     best, begin = math.inf, time.perf_counter()
     while best == math.inf or time.perf_counter() - begin < 0.05:
         start = time.perf_counter()
-        run(*arguments)
+        device = run(*arguments)[0].device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,14 +57,14 @@ class Writer:
         self.graph = graph
         self.varying: set[fx.Node] = set()  # the nodes that depend on v
         self._mode = mode  # in which shapes are worked out
-        self._known: dict[Any, fx.Node] = {}
+        self._known: dict[Hashable, fx.Node] = {}
 
     def varies(self, values: Any) -> bool:
         return any(isinstance(x, Sum) or x in self.varying for x in _leaves(values))
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """The node ``target(*args)``: the one there is, or a new one."""
-        key = (target, _frozen(args), _frozen(kwargs))
+        key = _key(target, args, kwargs)
         if key not in self._known:
             fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda a: a.meta["val"])
             with self._mode, torch.no_grad():
@@ -74,7 +74,7 @@ class Writer:
 
     def copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         """The old node's operation, whose result is known, of the new arguments."""
-        key = (node.target, _frozen(args), _frozen(kwargs))
+        key = _key(node.target, args, kwargs)
         if key not in self._known:
             self._known[key] = self._node(node.meta["val"], node.target, args, kwargs)
         return self._known[key]
@@ -101,12 +101,29 @@ class Writer:
         shape = broadcast(total.shape, shape_of(factor))
         if math.prod(shape) > math.prod(total.shape) and any(t.factor for t in total.terms):
             total = self.sum_of(self.written(total))  # small now, and its weights stay small
-        return Sum(shape, tuple(self._weighted(term, factor) for term in total.terms))
+        scale, factor = self._split_number(factor)
+        if is_ones(factor):
+            return replace(self.scaled(total, scale), shape=shape)
+        return Sum(shape, tuple(self._weighted(term, scale, factor) for term in total.terms))
 
-    def _weighted(self, term: Term, factor: fx.Node) -> Term:
+    def _weighted(self, term: Term, scale: Scalar, factor: fx.Node) -> Term:
         if term.factor is not None:
             factor = self.call(aten.mul.Tensor, term.factor, factor)
-        return replace(term, factor=factor)
+        return Term(term.scale * scale, factor, term.atom)
+
+    def _split_number(self, factor: fx.Node) -> tuple[Scalar, fx.Node]:
+        """``(2 P) (q / 3)`` as ``2/3`` and ``P q``, so that equal factors are seen to be equal."""
+        large, small = divided(factor)
+        if isinstance(small, Scalar):
+            scale, factor = self._split_number(large)
+            return scale * small, factor
+        if factor.target is not aten.mul.Tensor:
+            return 1, factor
+        (s, a), (t, b) = map(self._split_number, args_of(factor))
+        for one, other in ((a, b), (b, a)):
+            if is_ones(one) and shape_of(other) == shape_of(factor):
+                return s * t, other
+        return s * t, factor if s == t == 1 else self.call(aten.mul.Tensor, a, b)
 
     def plus(self, shape: tuple[int, ...], terms: Iterable[Term]) -> Sum:
         """The sum of the terms, those of the same atom merged."""
@@ -117,6 +134,7 @@ class Writer:
 
     def _one_term(self, group: list[Term]) -> Term:
         """``s P a + t Q a`` as ``s (P + t/s Q) a``."""
+        group = [term for term in group if term.scale] or group[:1]
         first, *others = sorted(group, key=lambda term: term.factor is None)
         for term in others:
             if first.factor is None:
@@ -221,6 +239,10 @@ def divided(factor: fx.Node) -> tuple[fx.Node, fx.Node | Scalar | None]:
     return factor, None
 
 
+def is_ones(node: fx.Node) -> bool:
+    return node.target in (aten.ones.default, aten.ones_like.default)
+
+
 def _cost_of_starting_with(term: Term) -> tuple[bool, bool, bool]:
     """A sum starts from what is there already; matrix products come last, to be added in place."""
     is_product = term.atom.target in (aten.mm.default, aten.bmm.default)
@@ -265,6 +287,12 @@ def _leaves(values: Any) -> Iterator[Value]:
     found: list[Value] = []
     map_values(values, found.append)
     return iter(found)
+
+
+def _key(target: Any, args: Any, kwargs: Any) -> Hashable:
+    if target is aten.mul.Tensor and all(isinstance(a, fx.Node) for a in args):
+        return target, frozenset(args)
+    return target, _frozen(args), _frozen(kwargs)
 
 
 def _frozen(value: Any) -> Any:

@@ -8,14 +8,14 @@ from torch import Tensor
 from .base import LinearOperator
 
 
-class Selection(LinearOperator):
+class Restriction(LinearOperator):
     """``S v = v[index]``; its transpose puts the entries back and fills up with zeros.
 
     Examples
     --------
     >>> import torch
-    >>> from hvpop import Selection
-    >>> S = Selection(torch.tensor([2, 0]), 3)
+    >>> from hvpop import Restriction
+    >>> S = Restriction(torch.tensor([2, 0]), 3)
     >>> S @ torch.tensor([10.0, 11.0, 12.0], dtype=torch.float64)
     tensor([12., 10.], dtype=torch.float64)
     >>> S.T @ torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -35,7 +35,7 @@ class Selection(LinearOperator):
             self.index.numel() and not (0 <= int(self.index.min()) <= int(self.index.max()) < n)
         ):
             raise ValueError(
-                f"Selection expects indices from 0 to {n - 1}, shape (m,), got {index}"
+                f"Restriction expects indices from 0 to {n - 1}, shape (m,), got {index}"
             )
         super().__init__((self.index.numel(), n), dtype=dtype, device=device)
 
