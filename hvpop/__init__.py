@@ -15,6 +15,7 @@ from .operators import (
 )
 from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk
 from .strategies import (
+    Compiled,
     FiniteDifference,
     ForwardOverReverse,
     HVPStrategy,
@@ -28,6 +29,7 @@ __all__ = [
     "SAMPLES",
     "TOTAL",
     "Average",
+    "Compiled",
     "BlockDiagonal",
     "Damped",
     "Dense",

@@ -255,7 +255,7 @@ def _time(examination: _Examination, strategy: HVPStrategy, v: Tensor, truth: Te
             term.function, examination.point, examination.state, *term.data
         )
         with grad_enabled():
-            _, size = graph_bytes(build, examination.point.values())
+            size = graph_bytes(build, examination.point.values())
     except Exception as error:
         examination.note("note", repr(strategy), f"cannot be used: {_said(error)}")
         return

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..operators.base import Memory
-
-T = TypeVar("T")
 
 FREE_FRACTION = 0.25
 """The default budget: this much of the memory that is free. Leaves room for what solvers keep
@@ -53,8 +50,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def graph_bytes(build: Callable[[], T], known: Iterable[Tensor]) -> tuple[T, int]:
-    """What ``build()`` returns, and the memory its autograd graph keeps beyond ``known`` tensors."""
+def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """The memory that the autograd graph made by ``build()`` keeps beyond ``known`` tensors."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -64,10 +61,10 @@ def graph_bytes(build: Callable[[], T], known: Iterable[Tensor]) -> tuple[T, int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = build()
+        build()
     for tensor in known:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
-    return result, sum(saved.values())
+    return sum(saved.values())
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -129,22 +129,25 @@ class Preparation:
                 raise
             self._keeping = False  # the estimate was wrong, or others took the memory
             return None
-        self._kept_bytes += size
+        self._kept_bytes += getattr(linear, "residual_bytes", size)
         return linear
 
     def _size(self, term: Term) -> int:
-        """The bytes that a term's map holds: measured once for each shape."""
+        """The bytes that a term's map holds: measured once for each shape, on the plain strategy."""
         shape = _shape(term)
         if shape not in self._graph_bytes:
             known = [*self._point.values(), *self._state.values(), *tensors_in(term.data)]
             try:
-                linear, size = graph_bytes(lambda: self.linearized(term), known)
+                self._graph_bytes[shape] = graph_bytes(
+                    lambda: self._strategy.plain.linearize(
+                        term.function, self._point, self._state, *term.data
+                    ),
+                    known,
+                )
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise
                 self._graph_bytes[shape] = self._budget + 1  # cannot be measured: never kept
-            else:
-                self._graph_bytes[shape] = getattr(linear, "residual_bytes", size)
         return self._graph_bytes[shape]
 
 

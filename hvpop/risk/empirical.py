@@ -179,15 +179,18 @@ class EmpiricalRisk:
 
     def _batches(self) -> Generator[Term, None, None]:
         device = device_of(self._inventory.parameters)
-        i = 0
+        i = counted = 0
         for i, batch in enumerate(self._data):
             if i > 0:
                 self.refuse_unknown_divisors()
             moved, weight = self._ready(i, batch, device)
             if weight > 0:  # a mean over nothing (all targets ignored) is not a number
+                counted += 1
                 yield Term(self.loss, (moved, seed_tensor(self.seed + i)), weight, f"batch {i}")
         if i > 0:
             self.refuse_unknown_divisors()
+        if counted == 0:
+            raise ValueError("all batches have weight 0, so there is nothing to average")
 
     def _ready(self, i: int, batch: Any, device: torch.device) -> tuple[Any, float]:
         """A batch on the device, and its weight; known already if it has stayed where it is."""

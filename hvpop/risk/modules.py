@@ -93,6 +93,8 @@ class Inventory:
                     f"params={_shown(item)} matches no trainable parameter; "
                     f"there are {', '.join(trainable)}"
                 )
+        if not chosen:
+            raise ValueError(f"params= is empty; choose from {', '.join(trainable)}")
         return chosen
 
     def _test(self, item: Any) -> Callable[[str, Tensor], bool]:

@@ -150,10 +150,11 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
         state.error = torch.linalg.vector_norm(state.R, dim=0)
 
     def directions(self, state: _State) -> Tensor:
-        return state.P / torch.linalg.vector_norm(state.P, dim=0)
+        lengths: Tensor = torch.linalg.vector_norm(state.P, dim=0)
+        return state.P / lengths
 
     def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
-        Z = R if self.M is None else self.M @ R
+        Z: Tensor = R if self.M is None else self.M @ R
         rho = torch.linalg.vecdot(R, Z, dim=0)
         if self.M is not None and bool((rho < 0).any()):
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,8 +55,11 @@ def operator(who: str, A: Any) -> None:
     """``A`` is an operator of hvpop."""
     if not isinstance(A, LinearOperator):
         raise TypeError(
-            f"{who} expects a hvpop.LinearOperator, got {type(A).__name__}; wrap a matrix as Dense(A)"
+            f"{who} expects an hvpop.LinearOperator, got {type(A).__name__}; "
+            "wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
         )
+    if 0 in A.shape:
+        raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
 
 
 def symmetric(who: str, A: Any, instead: str = "use lsmr") -> None:
@@ -76,7 +78,7 @@ def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None
         return None
     if not isinstance(M, LinearOperator):
         raise TypeError(
-            f"{who} expects its preconditioner as a hvpop.LinearOperator, got {type(M).__name__}"
+            f"{who} expects its preconditioner as an hvpop.LinearOperator, got {type(M).__name__}"
         )
     if M.shape != A.shape:
         raise ValueError(f"{who}({A!r}) expects a preconditioner of shape {A.shape}, got {M!r}")
@@ -98,4 +100,4 @@ def limits(who: str, rtol: float, atol: float, max_steps: int | None) -> None:
 
 def working_dtype(A: LinearOperator) -> torch.dtype:
     """The dtype solvers compute in: that of the products, float32 for half precision."""
-    return torch.float64 if np.dtype(A.dtype) == np.float64 else torch.float32
+    return torch.promote_types(A.torch_dtype, torch.float32)

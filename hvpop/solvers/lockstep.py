@@ -70,7 +70,8 @@ class Recurrence(ABC, Generic[S]):
     def floor(self, state: S) -> Tensor:
         """``(k,)``: below about this, rounding in the products may decide what the error really is."""
         eps = torch.finfo(self.A.torch_dtype).eps  # of half precision, where the products have it
-        return 8 * eps * self.scale * torch.linalg.vector_norm(state.X, dim=0)
+        sizes: Tensor = torch.linalg.vector_norm(state.X, dim=0)
+        return 8 * eps * self.scale * sizes
 
     def multiply(self, V: Tensor) -> Tensor:
         """``A V``, counted."""
@@ -85,7 +86,8 @@ class Recurrence(ABC, Generic[S]):
 
     def residual(self, B: Tensor, X: Tensor | None) -> Tensor:
         """``B - A X``, in memory of its own; no product where ``X`` is None."""
-        return B.clone() if X is None else B - self.multiply(X)
+        R: Tensor = B.clone() if X is None else B - self.multiply(X)
+        return R
 
 
 def solve(

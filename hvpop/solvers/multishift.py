@@ -170,7 +170,7 @@ class _Family:
         return Step(self.steps, x, self.error.max(0).values, self.products)
 
     def finish(self, b: Tensor, limit: int, interrupted: bool) -> MultishiftResult:
-        (s, n, k), A, X = self.X.shape, self.A, self.X
+        A, X = self.A, self.X
         true = self._true_norms()
         statuses: list[tuple[Status, ...]] = []
         for i, shift in enumerate(self.C):
@@ -211,4 +211,6 @@ class _Family:
         s, n, k = self.X.shape
         AX = (self.A @ self.X.transpose(0, 1).reshape(n, s * k)).reshape(n, s, k).transpose(0, 1)
         self.products += s * k
-        return torch.linalg.vector_norm(self.B - AX - self.C[:, None, None] * self.X, dim=1)
+        R: Tensor = self.B - AX - self.C[:, None, None] * self.X
+        norms: Tensor = torch.linalg.vector_norm(R, dim=1)
+        return norms

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Status = Literal["converged", "negative curvature", "stagnated", "max steps", "interrupted"]
+
+TrustStatus = Literal["converged", "boundary", "negative curvature", "max steps", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Step:
 Callback = Callable[[Step], bool | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SolveResult:
     """The answer to ``A x = b``, or to ``min |A x - b|``, for k columns; k = 1 for a vector b."""
 
@@ -49,30 +50,30 @@ class SolveResult:
         """Whether every column is."""
         return all(status == "converged" for status in self.status)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
-            f"{outcome(self.status)} after {self.steps} steps, {self.products} products; "
-            f"largest residual {worst(self.residual_norms, self.targets)}"
+            f"<{outcome(self.status)} after {self.steps} steps, {self.products} products; "
+            f"largest residual {worst(self.residual_norms, self.targets)}>"
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LeastSquaresResult(SolveResult):
     """A `SolveResult` whose columns have converged by their gradient ``A'(b - A x) - damping x``.
 
     `targets` and `history` are of the gradient's norm.
     """
 
-    gradient_norms: Tensor = torch.empty(0)  # (k,), computed from x
+    gradient_norms: Tensor = field(kw_only=True)  # (k,), computed from x
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
-            f"{outcome(self.status)} after {self.steps} steps, {self.products} products; "
-            f"largest gradient {worst(self.gradient_norms, self.targets)}"
+            f"<{outcome(self.status)} after {self.steps} steps, {self.products} products; "
+            f"largest gradient {worst(self.gradient_norms, self.targets)}>"
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MultishiftResult:
     """The answers to ``(A + shifts[i] I) x[i] = b`` for s shifts and k columns."""
 
@@ -90,21 +91,21 @@ class MultishiftResult:
         """Whether every column is, for every shift."""
         return all(status == "converged" for row in self.status for status in row)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         flat = [status for row in self.status for status in row]
         return (
-            f"{len(self.shifts)} shifts: {outcome(flat)} after {self.steps} steps, "
+            f"<{len(self.shifts)} shifts: {outcome(flat)} after {self.steps} steps, "
             f"{self.products} products; "
-            f"largest residual {worst(self.residual_norms, self.targets.expand_as(self.residual_norms))}"
+            f"largest residual {worst(self.residual_norms, self.targets.expand_as(self.residual_norms))}>"
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteihaugResult:
     """A step ``s`` of a trust-region method, and what the quadratic model expects of it."""
 
     step: Tensor  # (n,)
-    status: Literal["converged", "boundary", "negative curvature", "max steps", "interrupted"]
+    status: TrustStatus
     decrease: float  # -(g's + s'As / 2), positive unless g = 0
     norm: float  # |s|, in the preconditioner's norm where there is one
     residual_norm: float  # |g + A s|, by recurrence
@@ -118,14 +119,14 @@ class SteihaugResult:
         """Whether the step has the radius' length: the model wants to go on."""
         return self.status in ("boundary", "negative curvature")
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
-            f"{self.status} after {self.products} products: step of length {self.norm:.3g}, "
-            f"model decrease {self.decrease:.3g}, residual {self.residual_norm:.2e}"
+            f"<{self.status} after {self.products} products: step of length {self.norm:.3g}, "
+            f"model decrease {self.decrease:.3g}, residual {self.residual_norm:.2e}>"
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FunctionResult:
     """``f(A) V`` for k columns, with an estimate of its error."""
 
@@ -142,10 +143,10 @@ class FunctionResult:
         """Whether every column is."""
         return all(status == "converged" for status in self.status)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
-            f"{outcome(self.status)} after {self.steps} steps, {self.products} products; "
-            f"largest error estimate {worst(self.errors, self.targets)}"
+            f"<{outcome(self.status)} after {self.steps} steps, {self.products} products; "
+            f"largest error estimate {worst(self.errors, self.targets)}>"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..operators import LinearOperator
 from . import checks
 from .progress import Bar
-from .results import Callback, SteihaugResult, Step
+from .results import Callback, SteihaugResult, Step, TrustStatus
 
 
 def steihaug(
@@ -89,7 +89,8 @@ def steihaug(
     ss, sp, pp = 0.0, 0.0, rho  # products in the metric of the region
     history = [float(r.norm())]
     target = max(rtol * history[0], atol)
-    status, direction, steps = "max steps", None, 0
+    status: TrustStatus = "max steps"
+    direction, steps = None, 0
     bar = Bar("steihaug", progress)
     try:
         while history[-1] > target and steps < limit:
@@ -124,10 +125,10 @@ def steihaug(
         bar.close()
     return SteihaugResult(
         step=s,
-        status=status,  # type: ignore[arg-type]
+        status=status,
         decrease=-0.5 * float(s @ (g + r)),
         norm=math.sqrt(ss),
-        residual_norm=history[-1],
+        residual_norm=float(r.norm()),
         history=torch.tensor(history, dtype=torch.float64),
         steps=steps,
         products=steps,

@@ -59,6 +59,11 @@ class HVPStrategy(ABC):
             Return products that autograd can differentiate again with respect to ``params``.
         """
 
+    @property
+    def plain(self) -> HVPStrategy:
+        """The strategy that this one wraps, if it is costly to set up; otherwise itself."""
+        return self
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 

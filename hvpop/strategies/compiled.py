@@ -75,6 +75,10 @@ class Compiled(HVPStrategy):
         self.fallback_reason: str | None = None
         self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()
 
+    @property
+    def plain(self) -> HVPStrategy:
+        return self.strategy.plain
+
     def __repr__(self) -> str:
         return f"Compiled({self.strategy!r}, compiler={self.compiler})"
 

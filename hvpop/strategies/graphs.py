@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -80,18 +81,27 @@ def why_missing(error: Exception) -> str | None:
     return None
 
 
-def check_gradient(strategy: object, gradient: Iterable[Tensor]) -> None:
-    """Refuse a gradient whose graph has nodes that would drop a part of the second derivative.
+def check_graph(strategy: object, tensors: Iterable[Tensor]) -> None:
+    """Refuse a loss and gradient whose graph would drop a part of the second derivative.
 
     ``autograd.grad`` raises nothing at a ``once_differentiable`` Function: the node that would
-    raise leads nowhere, so the pass goes around it. It has to be looked for.
+    raise leads nowhere, so the pass goes around it, and there is no such node if what arrives at
+    the Function is a constant. It has to be looked for.
     """
-    for node in nodes_of(gradient):
-        if type(node).__name__ == "Error":
+    for node in nodes_of(tensors):
+        if type(node).__name__ == "Error" or _is_once_differentiable(node):
             raise OnceDifferentiableError(
                 f"{strategy!r}: a custom autograd.Function is once_differentiable, so its second "
                 f"derivative is not defined; strategy=FiniteDifference() ignores that"
             )
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(backward, "__code__", None) is _ONCE
+
+
+_ONCE = once_differentiable(lambda ctx: None).__code__  # of the wrapper that the decorator makes
 
 
 def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:

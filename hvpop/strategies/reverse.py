@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
-from .graphs import check_gradient, explained
+from .graphs import check_graph, explained
 
 BATCHED_NUMEL = 2**15
 """Columns are multiplied together where parameters and data have at most this many entries: there
@@ -54,7 +54,7 @@ class ReverseOverReverse(HVPStrategy):
                     loss, list(point.values()), create_graph=True, allow_unused=True
                 )
             if self._known != fn:  # once for a function is enough; a walk costs like a small net
-                check_gradient(self, [g for g in gradient if g is not None])
+                check_graph(self, [loss, *(g for g in gradient if g is not None)])
                 self._known, self.batches_columns = fn, None
         return _DoubleBackward(self, point, gradient, args, differentiable)
 

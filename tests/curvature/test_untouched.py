@@ -102,10 +102,32 @@ def test_an_exception_leaves_everything_as_it_was(where: str, mode: Any) -> None
         with pytest.raises(KeyError, match="in the user's code"):
             operator @ random(H.shape[1])
     assert changed(before, seen(model)) == []
-    for operator in (H, H.linearize(memory=0)):  # in the backward pass
-        model.first.weight.register_hook(lambda grad: None)
-        with pytest.raises((KeyError, FloatingPointError)):
-            operator @ torch.full((H.shape[1],), torch.nan, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+def test_a_failing_backward_pass_leaves_everything_as_it_was(strategy: Any) -> None:
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise KeyError("in the user's code")
+
+        @staticmethod
+        def jvp(ctx: Any, t: Tensor) -> Tensor:
+            raise KeyError("in the user's code")
+
+    model = everything()
+    H = HessianOperator(
+        model, lambda out, y: (Failing.apply(out) - y).square().mean(), DATA, strategy=strategy
+    )
+    before = seen(model)
+    for operator in (H, H.linearize(), H.linearize(memory=0)):
+        with pytest.raises(KeyError, match="in the user's code"):
+            operator @ random(H.shape[1])
+    assert changed(before, seen(model)) == []
 
 
 def test_an_interrupt_leaves_everything_as_it_was() -> None:
@@ -119,13 +141,6 @@ def test_an_interrupt_leaves_everything_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         H @ random(H.shape[1])
     assert changed(before, seen(model)) == []
-    assert (
-        error(
-            HessianOperator(model, nn.MSELoss(), DATA) @ random(H.shape[1]),
-            1.0 + 0 * random(H.shape[1]),
-        )
-        > 0
-    )
 
 
 CALLERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -169,11 +184,11 @@ def test_the_modes_of_the_caller_make_no_difference(caller: str, strategy: Any) 
                 live, linearized = H @ V, H.linearize() @ V
                 again = H.linearize(memory=0) @ V[:, 0]
                 assert changed(flags, seen(nn.Identity(), [])) == []
-        tolerance = 1e-12 if dtype is torch.float64 else 1e-6
-        tolerance = max(
-            tolerance, 1e-2 * (isinstance(strategy, FiniteDifference) and dtype is torch.float32)
-        )
-        tolerance = max(tolerance, 1e-7 * isinstance(strategy, FiniteDifference))
+        single = dtype is torch.float32
+        if isinstance(strategy, FiniteDifference):  # joined batches round differently
+            tolerance = 1e-2 if single else 1e-7
+        else:
+            tolerance = 1e-6 if single else 1e-12
         assert error(live, expected) < tolerance
         assert error(linearized, expected) < tolerance
         assert error(again, expected[:, 0]) < tolerance

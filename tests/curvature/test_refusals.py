@@ -1,0 +1,389 @@
+"""Each refusal by its message: who, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hvpop import (
+    TOTAL,
+    Average,
+    EmpiricalRisk,
+    FiniteDifference,
+    ForwardOverReverse,
+    HessianOperator,
+    ReverseOverReverse,
+)
+from hvpop.risk import hugging_face
+from hvpop.strategies import FirstThatWorks
+
+from .problems import error, mlp, random, regression, split
+
+DATA = split(regression(), (10, 10, 3))
+SELECTIONS = "there are 0.weight, 0.bias, 2.weight, 2.bias"
+
+
+def product(model: Any = None, loss: Any = None, data: Any = DATA, **settings: Any) -> Tensor:
+    model = mlp() if model is None else model
+    H = HessianOperator(model, nn.MSELoss() if loss is None else loss, data, **settings)
+    return H @ random(H.shape[1])
+
+
+def batch_product(batch_loss: Any, data: Any, model: Any = None) -> Tensor:
+    risk = EmpiricalRisk.from_batch_loss(mlp() if model is None else model, batch_loss, data)
+    H = HessianOperator.from_risk(risk)
+    return H @ random(H.shape[1])
+
+
+class NoLoss(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(loss=None)
+
+
+REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no trainable parameter": (
+        lambda: product(mlp().requires_grad_(False)),
+        ValueError,
+        r"no trainable parameter: none has requires_grad=True; call model.requires_grad_\(True\)",
+    ),
+    "no parameter": (lambda: product(nn.Tanh()), ValueError, "no trainable parameter"),
+    "no module": (
+        lambda: product(lambda x: x),
+        TypeError,
+        "model must be a torch.nn.Module, got function",
+    ),
+    "no loss": (
+        lambda: product(loss="mse"),
+        TypeError,
+        r"loss must be callable as loss\(outputs, targets\), got str",
+    ),
+    "no batch loss": (lambda: batch_product(3, DATA), TypeError, "must be callable, got int"),
+    "vector loss": (
+        lambda: product(loss=lambda out, y: (out - y).square()),
+        ValueError,
+        r"loss must be a scalar, got shape \(10, 3\); reduce it, e.g. with .mean\(\)",
+    ),
+    "number as loss": (
+        lambda: product(loss=lambda out, y: 1.0),
+        TypeError,
+        "the loss must be a tensor, got float",
+    ),
+    "integer loss": (
+        lambda: product(loss=lambda out, y: (out > 0).sum()),
+        TypeError,
+        "real floating point, got torch.int64",
+    ),
+    "complex loss": (
+        lambda: product(loss=lambda out, y: (out * 1j).sum()),
+        TypeError,
+        "real floating point, got torch.complex128",
+    ),
+    "summed loss": (
+        lambda: product(loss=nn.MSELoss(reduction="sum")),
+        ValueError,
+        "MSELoss has reduction='sum', which average=SAMPLES .* use .*'mean', or average=TOTAL",
+    ),
+    "summed function": (
+        lambda: product(loss=partial(F.mse_loss, reduction="sum")),
+        ValueError,
+        "mse_loss has reduction='sum'",
+    ),
+    "summed subclass": (
+        lambda: product(loss=type("Mine", (nn.HuberLoss,), {})(reduction="sum")),
+        ValueError,
+        "Mine has reduction='sum'",
+    ),
+    "unreduced loss": (
+        lambda: product(loss=nn.MSELoss(reduction="none")),
+        ValueError,
+        "reduction='none': a loss must be a scalar",
+    ),
+    "unreduced loss, summed": (
+        lambda: product(loss=nn.MSELoss(reduction="none"), average=TOTAL),
+        ValueError,
+        r"must be a scalar, got shape \(10, 3\)",
+    ),
+    "strategy as text": (
+        lambda: product(strategy="reverse"),
+        TypeError,
+        r"strategy must be an HVPStrategy object, got 'reverse'; .*=ForwardOverReverse\(\)",
+    ),
+    "strategy as class": (
+        lambda: product(strategy=ReverseOverReverse),
+        TypeError,
+        "strategy must be an HVPStrategy object, got <class",
+    ),
+    "unknown mode": (
+        lambda: product(mode="both"),
+        ValueError,
+        "mode must be 'batch' or 'full', got 'both'",
+    ),
+    "average as text": (
+        lambda: product(average="samples"),
+        TypeError,
+        r"average must be SAMPLES, BATCHES, TOTAL or Average\(...\), got 'samples'",
+    ),
+    "negative weight": (
+        lambda: product(average=Average(weight=lambda batch: -1)),
+        ValueError,
+        "a batch has weight -1.0; weights must be finite non-negative numbers",
+    ),
+    "infinite weight": (
+        lambda: product(average=Average(weight=lambda batch: float("inf"))),
+        ValueError,
+        "a batch has weight inf",
+    ),
+    "no weight": (
+        lambda: product(average=Average(weight=lambda batch: float("nan"))),
+        ValueError,
+        "a batch has weight nan",
+    ),
+    "all weights zero": (
+        lambda: product(average=Average(weight=lambda batch: 0)),
+        ValueError,
+        "all batches have weight 0",
+    ),
+    "all weights zero, full": (
+        lambda: product(average=Average(weight=lambda batch: 0), mode="full"),
+        ValueError,
+        "all batches have weight 0",
+    ),
+    "all ignored": (
+        lambda: product(
+            loss=nn.CrossEntropyLoss(), data=[(random(4, 4), torch.full((4,), -100))] * 2
+        ),
+        ValueError,
+        "all batches have weight 0",
+    ),
+    "uncountable batch": (
+        lambda: batch_product(lambda m, b: m(b.x).mean(), [SimpleNamespace(x=random(2, 4))]),
+        ValueError,
+        r"how many samples a SimpleNamespace holds; pass average=Average\(weight=...\)",
+    ),
+    "batch without targets": (
+        lambda: product(data=[random(2, 4)]),
+        ValueError,
+        r"must be \(inputs, targets\), got Tensor; for other batches use EmpiricalRisk.from_batch",
+    ),
+    "mapping without targets": (
+        lambda: product(data=[{"x": random(2, 4), "y": random(2, 3)}]),
+        ValueError,
+        r"without 'labels' \(it has x, y\); name its targets with .*supervised\(loss, targets",
+    ),
+    "model without loss": (
+        lambda: batch_product(hugging_face(), [{"x": random(2, 4)}], NoLoss(4, 3).double()),
+        ValueError,
+        "NoLoss returned no loss: its batches need labels, got x",
+    ),
+    "complex parameter": (
+        lambda: product(nn.Linear(4, 3, dtype=torch.complex128)),
+        TypeError,
+        r"parameter weight is complex \(torch.complex128\).*view_as_real",
+    ),
+    "unknown name": (
+        lambda: product(params="1.weight"),
+        ValueError,
+        f"params='1.weight' matches no trainable parameter; {SELECTIONS}",
+    ),
+    "one unknown name": (
+        lambda: product(params=["0.*", "head"]),
+        ValueError,
+        f"params='head' matches no trainable parameter; {SELECTIONS}",
+    ),
+    "foreign module": (
+        lambda: product(params=nn.Linear(2, 2)),
+        ValueError,
+        f"params=<Linear> matches no trainable parameter; {SELECTIONS}",
+    ),
+    "predicate that selects nothing": (
+        lambda: product(params=lambda name, p: False),
+        ValueError,
+        "params=<function> matches no trainable parameter",
+    ),
+    "empty selection": (
+        lambda: product(params=[]),
+        ValueError,
+        "params= is empty; choose from 0.w",
+    ),
+    "selection of a kind unknown": (
+        lambda: product(params=5),
+        TypeError,
+        "params= takes names, globs, modules, parameters or a predicate .*, got int",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_say_what_is_wrong_and_what_to_do(name: str) -> None:
+    attempt, kind, message = REFUSALS[name]
+    with pytest.raises(kind, match=message):
+        attempt()
+
+
+def test_all_but_the_loss_is_refused_before_any_data_is_read() -> None:
+    """With the data a generator that fails when it is read."""
+
+    def untouchable() -> Any:
+        raise AssertionError
+        yield
+
+    for name in ("no trainable parameter", "summed loss", "unknown name", "strategy as text"):
+        attempt, kind, message = REFUSALS[name]
+        with pytest.raises(kind, match=message):
+            attempt()
+    HessianOperator(mlp(), nn.MSELoss(), untouchable())
+
+
+# -- what is not finite --------------------------------------------------------------------------------
+
+
+def broken(batch: int, value: float) -> list[tuple[Tensor, Tensor]]:
+    data = [(x.clone(), y.clone()) for x, y in DATA]
+    data[batch][0][0, 0] = value
+    return data
+
+
+def at_a_kink(out: Tensor, y: Tensor) -> Tensor:
+    """Has a gradient at zero outputs, by torch's convention, but no second derivative."""
+    return (0 * out + (out - out.detach())).norm()
+
+
+NOT_FINITE: dict[str, tuple[Any, Any, str]] = {
+    "batch": (nn.MSELoss(), broken(1, torch.nan), "in batch 1 the loss is nan"),
+    "infinite batch": (
+        lambda out, y: (out - y).square().mean().exp() * 1e308,
+        DATA,
+        "in batch 0 the loss is inf",
+    ),
+    "gradient": (
+        lambda out, y: (0 * out).sum().sqrt(),
+        DATA,
+        "in batch 0 the gradient of 0.weight is not finite",
+    ),
+    "second derivative": (
+        at_a_kink,
+        DATA,
+        "in batch 0 the second derivative is not finite at .*, although loss and gradient are: "
+        r"it may not exist at this point \(a norm or a square root at zero\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", [None, ReverseOverReverse()], ids=repr)
+@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.filterwarnings("ignore:.*batches are run one by one")
+def test_a_product_that_is_not_finite_names_the_culprit(
+    name: str, linearized: bool, strategy: Any
+) -> None:
+    loss, data, message = NOT_FINITE[name]
+    H: Any = HessianOperator(mlp(), loss, data, strategy=strategy)
+    H = H.linearize() if linearized else H
+    with pytest.raises(FloatingPointError, match=f"the product is not finite; {message}"):
+        H @ random(H.shape[1])
+    with pytest.raises(FloatingPointError, match=message):
+        H @ random(H.shape[1], 2)
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_vectors_and_parameters_that_are_not_finite_are_named(linearized: bool) -> None:
+    model = mlp()
+    H: Any = HessianOperator(model, nn.MSELoss(), DATA)
+    A = H.linearize() if linearized else H
+    v = random(H.shape[1])
+    v[3] = torch.inf
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        A @ v
+    model[2].bias.data[0] = torch.nan
+    A = H.linearize() if linearized else H
+    with pytest.raises(FloatingPointError, match=r"not finite; parameter 2\.bias is not"), _quiet():
+        A @ random(H.shape[1])
+
+
+def _quiet() -> Any:
+    import warnings
+
+    return warnings.catch_warnings(action="ignore")
+
+
+# -- models that change ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
+        (lambda model: model.append(nn.Linear(3, 3).double()), "6 with 55"),
+        (lambda model: model[0].requires_grad_(False), "2 with 18"),
+        (lambda model: model.pop(0), "2 with 18"),
+        (lambda model: model.__setitem__(0, nn.Linear(4, 5, bias=False).double()), "3 with 38"),
+        (lambda model: model.insert(0, nn.Identity()), "4 with 43"),
+    ],
+    ids=["layer added", "layer frozen", "layer gone", "bias gone", "layers renamed"],
+)
+def test_an_operator_of_a_model_that_is_another_now_says_so(change: Any, now: str) -> None:
+    model = mlp()
+    H = HessianOperator(model, nn.MSELoss(), DATA)
+    change(model)
+    message = rf"parameters changed since .* \(then 4 with 43 entries, now {now} entries\); build a"
+    for use in (lambda: H @ random(43), H.linearize):
+        with pytest.raises(RuntimeError, match=message):
+            use()
+
+
+# -- derivatives that do not exist ------------------------------------------------------------------------
+
+
+class Once(torch.autograd.Function):
+    """A cube whose author rules out a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+ONCE: dict[str, Any] = {
+    "before a curved loss": lambda out, y: (Once.apply(out) - y).square().mean(),
+    "before a linear loss": lambda out, y: (Once.apply(out) - y).mean(),
+    "alone": lambda out, y: Once.apply(out.mean()),
+}
+
+
+@pytest.mark.parametrize(
+    "strategy", [None, ReverseOverReverse(), FirstThatWorks(ReverseOverReverse())], ids=repr
+)
+@pytest.mark.parametrize("where", ONCE)
+def test_once_differentiable_functions_are_refused(where: str, strategy: Any) -> None:
+    message = r"is once_differentiable, so its second derivative is not defined; strategy=Finite"
+    for mode in ("batch", "full"):
+        with pytest.raises(RuntimeError, match=message):
+            product(loss=ONCE[where], strategy=strategy, mode=mode)
+    with pytest.raises(RuntimeError, match="ForwardOverReverse.*has no jvp"):
+        product(loss=ONCE[where], strategy=ForwardOverReverse())
+
+
+@pytest.mark.parametrize("where", ONCE)
+def test_finite_differences_of_once_differentiable_functions_are_given(where: str) -> None:
+    def cubed(out: Tensor, y: Tensor) -> Tensor:
+        apply, Once.apply = Once.apply, lambda x: x**3
+        try:
+            return ONCE[where](out, y)
+        finally:
+            Once.apply = apply
+
+    found = product(loss=ONCE[where], strategy=FiniteDifference())
+    assert error(found, product(loss=cubed)) < 1e-6
