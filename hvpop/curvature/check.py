@@ -3,82 +3,37 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..risk import Term
+from ..risk import EmpiricalRisk, Term
 from ..strategies import (
     FiniteDifference,
+    FirstThatWorks,
     ForwardOverReverse,
     HVPStrategy,
     Params,
     ReverseOverReverse,
 )
 from ..strategies.base import grad_enabled
+from ..strategies.fallback import settled
+from .diagnosis import culprit
+from .findings import CheckResult, Finding, Level, Timing
 from .memory import graph_bytes
+from .referee import Difference, difference
 from .space import WeightedSum, from_point, multiplier, to_point
 
 if TYPE_CHECKING:
     from .hessian import HessianOperator
 
-Level = Literal["ok", "note", "wrong"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    level: Level
-    what: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one product costs with one strategy."""
-
-    strategy: str
-    seconds: float
-    graph_bytes: int
-    error: float  # relative, against finite differences of backward() gradients
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What `HessianOperator.check` found; prints as a report."""
-
-    findings: tuple[Finding, ...]
-    timings: tuple[Timing, ...]
-
-    @property
-    def healthy(self) -> bool:
-        """Whether nothing is wrong; notes do not count."""
-        return all(finding.level != "wrong" for finding in self.findings)
-
-    @property
-    def verdict(self) -> str:
-        """One line."""
-        wrong = [finding.what for finding in self.findings if finding.level == "wrong"]
-        if wrong:
-            return "do not trust this operator yet: " + ", ".join(wrong)
-        notes = sum(finding.level == "note" for finding in self.findings)
-        return "healthy" + (f", {notes} notes" if notes > 1 else ", one note" if notes else "")
-
-    def __str__(self) -> str:
-        signs = {"ok": "  ok  ", "note": " note ", "wrong": "WRONG "}
-        lines = [f"{signs[f.level]} {f.what}: {f.detail}" for f in self.findings]
-        lines += [
-            f"       {t.strategy}: {t.seconds * 1e3:.3g} ms a product, "
-            f"{t.graph_bytes / 2**20:.2f} MiB of graph, error {t.error:.1e}"
-            for t in self.timings
-        ]
-        return "\n".join([*lines, f"verdict: {self.verdict}"])
+__all__ = ["CheckResult", "check"]
 
 
 @dataclass
@@ -86,6 +41,8 @@ class _Examination:
     """The findings so far, and what they are made on."""
 
     H: HessianOperator
+    risk: EmpiricalRisk  # in batch mode
+    strategy: HVPStrategy
     terms: list[Term]
     point: Params
     state: Params
@@ -93,33 +50,43 @@ class _Examination:
     timings: list[Timing] = field(default_factory=list)
 
     def note(self, level: Level, what: str, detail: str) -> None:
-        self.findings.append(Finding(level, what, detail))
+        if all(detail != finding.detail for finding in self.findings):
+            self.findings.append(Finding(level, what, detail))
+
+    @property
+    def failed(self) -> bool:
+        return any(finding.level == "wrong" for finding in self.findings)
 
     def product(self, strategy: HVPStrategy, v: Tensor) -> Tensor:
         columns = to_point(v.unsqueeze(1), self.H.layout, self.point)
-        total = WeightedSum(self.H.risk.average.normalized)
-        with grad_enabled():
+
+        def compute() -> list[Tensor]:
+            total = WeightedSum(self.risk.average.normalized)
             for term in self.terms:
                 linear = strategy.linearize(term.function, self.point, self.state, *term.data)
                 total.add(multiplier(columns)(linear), term.weight)
-        return from_point(total.result(), v.unsqueeze(1))[:, 0]
+            return total.result()
 
-    def difference(self, v: Tensor) -> Tensor:
-        """Fourth-order central difference of plain ``backward()`` gradients."""
-        direction = to_point(v.unsqueeze(1), self.H.layout, self.point)
-        length = float(v.norm())
-        size = sum(float(p.double().norm()) ** 2 for p in self.point.values()) ** 0.5
-        h = torch.finfo(v.dtype).eps ** 0.2 * max(size, 1.0) / length / 4
-        total = WeightedSum(self.H.risk.average.normalized)
-        for term in self.terms:
-            sums = WeightedSum(normalized=False)
-            for shift, coefficient in ((1, 8.0), (-1, -8.0), (2, -1.0), (-2, 1.0)):
-                moved = {n: p + shift * h * direction[n][0] for n, p in self.point.items()}
-                with grad_enabled():
-                    gradient = self.H.risk.gradient(moved, self.state, *term.data)
-                sums.add(list(gradient.values()), coefficient / (12 * h))
-            total.add(sums.result(), term.weight)
-        return from_point(total.result(), v.unsqueeze(1))[:, 0]
+        return from_point(settled(strategy, compute), v.unsqueeze(1))[:, 0]
+
+    def difference(self, v: Tensor) -> Difference:
+        columns = to_point(v.unsqueeze(1), self.H.layout, self.point)
+        direction = {name: column[0] for name, column in columns.items()}
+        return difference(self.risk, self.terms, self.point, self.state, direction)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative, for products against each other and against differences of gradients."""
+        coarsest = max(torch.finfo(p.dtype).eps for p in self.point.values())
+        return 1e-6 if coarsest < 1e-12 else 2e-2 if coarsest < 1e-6 else 1e-1
+
+    @property
+    def rounding(self) -> float:
+        """Relative, for what differs by rounding alone."""
+        if isinstance(getattr(self.strategy, "current", self.strategy), FiniteDifference):
+            return self.tolerance
+        coarsest = max(torch.finfo(p.dtype).eps for p in self.point.values())
+        return min(1e4 * coarsest, 5e-2)
 
 
 def check(H: HessianOperator, batches: int | None = 1) -> CheckResult:
@@ -127,28 +94,40 @@ def check(H: HessianOperator, batches: int | None = 1) -> CheckResult:
 
     See `HessianOperator.check`.
     """
-    try:
-        examination = _admit(H, batches)
-    except Exception as error:
-        return CheckResult((Finding("wrong", "reading the model and data", _said(error)),), ())
-    for step in (_scan_modules, _look_at_gradient, _look_at_data, _compare_products):
+    with warnings.catch_warnings(record=True) as warned, grad_enabled():
+        warnings.simplefilter("always")
         try:
-            step(examination)
+            examination = _admit(H, batches)
         except Exception as error:
-            examination.note("wrong", step.__name__.strip("_").replace("_", " "), _said(error))
+            return CheckResult((Finding("wrong", "reading the model and data", _said(error)),), ())
+        for step in (_scan_modules, _look_at_gradient, _look_at_data, _compare_products):
+            try:
+                step(examination)
+            except Exception as error:
+                examination.note("wrong", step.__name__.strip("_").replace("_", " "), _said(error))
+            if examination.failed:
+                break  # what follows would only suffer from it
+    for warning in warned:
+        examination.note("note", "a warning", str(warning.message))
     return CheckResult(tuple(examination.findings), tuple(examination.timings))
 
 
 def _admit(H: HessianOperator, batches: int | None) -> _Examination:
-    point = {name: p.detach().clone() for name, p in H.risk.parameters().items()}
-    state = {name: t.clone() for name, t in H.risk.state().items()}
-    with closing(H.risk.batchwise().terms()) as terms:
-        return _Examination(H, list(islice(terms, batches)), point, state)
+    risk = H.risk.batchwise()
+    point = {name: p.detach().clone() for name, p in risk.parameters().items()}
+    state = {name: t.clone() for name, t in risk.state().items()}
+    strategy = H.strategy
+    if isinstance(
+        strategy, FirstThatWorks
+    ):  # whose steps down the chain are the operator's to take
+        strategy = FirstThatWorks(*strategy.chain)
+    with closing(risk.terms()) as terms:
+        return _Examination(H, risk, strategy, list(islice(terms, batches)), point, state)
 
 
 def _scan_modules(examination: _Examination) -> None:
     """Name what makes second derivatives hard, and what was done about it."""
-    modules = list(examination.H.risk.model.named_modules())
+    modules = list(examination.risk.model.named_modules())
     for kinds, words in _REMARKABLE:
         found = [
             name or type(m).__name__ for name, m in modules if isinstance(m, kinds) and m.training
@@ -174,73 +153,94 @@ def _scan_modules(examination: _Examination) -> None:
 
 
 def _look_at_gradient(examination: _Examination) -> None:
-    """See whether loss and gradient are finite, and which parameters get none."""
-    term = examination.terms[0]
+    """See whether losses and gradients are finite, and which parameters get no gradient."""
     leaves = {n: p.clone().requires_grad_() for n, p in examination.point.items()}
-    with grad_enabled():
+    unused = set(leaves)
+    for term in examination.terms:
         loss = term.function(leaves, examination.state, *term.data)
-        gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    if not loss.isfinite():
-        examination.note("wrong", "loss", f"{loss.item()} in {term.label}")
-    unused = [name for name, g in zip(leaves, gradient, strict=True) if g is None]
+        if not loss.isfinite():
+            return examination.note("wrong", "loss", f"{loss.item()} in {term.label}")
+        gradient: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if loss.requires_grad:
+            gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        reached = {n: g for n, g in zip(leaves, gradient, strict=True) if g is not None}
+        infinite = [n for n, g in reached.items() if not g.isfinite().all()]
+        if infinite:
+            what = f"not finite in {term.label} for {_listed(infinite)}"
+            return examination.note("wrong", "gradient", what)
+        unused -= set(reached)
     if unused:
-        examination.note(
-            "note", "parameters without gradient", f"{_listed(unused)}: zero rows and columns"
-        )
-    infinite = [
-        n for n, g in zip(leaves, gradient, strict=True) if g is not None and not g.isfinite().all()
-    ]
-    if infinite:
-        examination.note("wrong", "gradient", f"not finite for {_listed(infinite)}")
+        names = _listed([name for name in leaves if name in unused])
+        examination.note("note", "parameters without gradient", f"{names}: zero rows and columns")
 
 
 def _look_at_data(examination: _Examination) -> None:
     """Multiply twice, reading the data each time."""
     v = _probe(examination, 0)
     again = _admit(examination.H, len(examination.terms))
-    first = examination.product(examination.H.strategy, v)
-    gap = _gap(first, again.product(examination.H.strategy, v))
-    if gap > 100 * torch.finfo(v.dtype).eps:
+    first = examination.product(examination.strategy, v)
+    if not first.isfinite().all():
+        columns = to_point(v.unsqueeze(1), examination.H.layout, examination.point)
+        place = examination.terms, examination.point, examination.state
+        found = culprit(*place, examination.strategy, columns)
+        return examination.note("wrong", "product", f"not finite; {found}")
+    gap = _gap(first, again.product(examination.strategy, v))
+    if gap <= examination.rounding:
+        examination.note("ok", "determinism", f"two products differ by {gap:.1e}")
+    else:
         examination.note(
             "wrong",
             "determinism",
             f"two products differ by {gap:.1e}: the data or the model is random "
             "in a way that seeds do not reach; pass list(data), or model.eval()",
         )
-    else:
-        examination.note("ok", "determinism", f"two products differ by {gap:.1e}")
 
 
 def _compare_products(examination: _Examination) -> None:
     """Hold every strategy against finite differences, and the operator's against its transpose."""
     u, v = _probe(examination, 1), _probe(examination, 2)
-    Hv = examination.product(examination.H.strategy, v)
-    Hu = examination.product(examination.H.strategy, u)
+    Hv = examination.product(examination.strategy, v)
+    Hu = examination.product(examination.strategy, u)
     asymmetry = float((u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm()).clamp_min(1e-30))
-    level: Level = "ok" if asymmetry < 1e4 * torch.finfo(v.dtype).eps else "wrong"
+    level: Level = "ok" if asymmetry <= examination.rounding else "wrong"
     examination.note(level, "symmetry", f"u'Hv and v'Hu differ by {asymmetry:.1e}")
     truth = examination.difference(v)
-    tolerance = 1e-6 if v.dtype == torch.float64 else 2e-2
-    gap = _gap(Hv, truth)
-    if gap < tolerance:
-        examination.note("ok", "finite differences of gradients", f"differ by {gap:.1e}")
+    _judge(examination, _gap(Hv, truth.product), truth.error)
+    own = getattr(examination.strategy, "current", examination.strategy)
+    others = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
+    for strategy in {repr(s): s for s in (*others, own)}.values():
+        _time(examination, strategy, v, truth.product)
+    errors = {
+        t.strategy: t.error for t in examination.timings if t.strategy != "FiniteDifference()"
+    }
+    for name, error in errors.items():
+        if error > max(examination.tolerance, 10 * min(errors.values())):
+            examination.note(
+                "note",
+                name,
+                f"is off by {error:.1e} where another strategy is off by {min(errors.values()):.1e}: "
+                "do not use it for this model",
+            )
+
+
+def _judge(examination: _Examination, gap: float, uncertainty: float) -> None:
+    """Say what the distance from finite differences means, given how far those can be trusted."""
+    what = "finite differences of gradients"
+    if gap <= examination.tolerance:
+        examination.note("ok", what, f"differ by {gap:.1e}")
+    elif gap <= 10 * uncertainty:
+        examination.note(
+            "note",
+            what,
+            f"differ by {gap:.1e}, but by {uncertainty:.1e} among themselves, so they tell nothing: "
+            "there are kinks near the point (relu, max, abs), or too few digits; try model.double()",
+        )
     else:
         examination.note(
             "wrong",
-            "finite differences of gradients",
-            f"differ by {gap:.1e}: a custom autograd.Function with a wrong second derivative, a "
-            "stop-gradient (detach, no_grad, straight-through, padding_idx), or a kink near the point",
-        )
-    for strategy in (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference()):
-        _time(examination, strategy, v, truth)
-    errors = {t.strategy: t.error for t in examination.timings}
-    forward, reverse = errors.get("ForwardOverReverse()"), errors.get("ReverseOverReverse()")
-    if forward is not None and reverse is not None and forward > max(tolerance, 10 * reverse):
-        examination.note(
-            "note",
-            "ForwardOverReverse",
-            f"is off by {forward:.1e} where ReverseOverReverse is off by "
-            f"{reverse:.1e}: do not use it for this model",
+            what,
+            f"differ by {gap:.1e}: a custom autograd.Function with a wrong second derivative, or a "
+            "stop-gradient (detach, no_grad, straight-through, padding_idx)",
         )
 
 
@@ -254,8 +254,7 @@ def _time(examination: _Examination, strategy: HVPStrategy, v: Tensor, truth: Te
         build: Callable[[], object] = lambda: strategy.linearize(  # noqa: E731
             term.function, examination.point, examination.state, *term.data
         )
-        with grad_enabled():
-            size = graph_bytes(build, examination.point.values())
+        size = graph_bytes(build, examination.point.values())
     except Exception as error:
         examination.note("note", repr(strategy), f"cannot be used: {_said(error)}")
         return

@@ -16,7 +16,7 @@ from .batches import Batches, to_device, usable, version_of
 from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
 from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
-from .modules import ONE_THREAD, Inventory, Selection, unwrapped
+from .modules import ONE_THREAD, Inventory, Selection, kept, unwrapped
 from .plain import is_plain
 from .policies import TwiceDifferentiable
 from .randomness import Seeded, SeededThroughout, seed_tensor, torch_states
@@ -129,7 +129,7 @@ class EmpiricalRisk:
         self.average = average
         self.mode = mode
         self.seed = seed
-        self._selection = params
+        self._selection = kept(params)
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0

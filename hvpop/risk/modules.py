@@ -47,7 +47,7 @@ class Inventory:
     def __init__(self, roots: Mapping[str, nn.Module]) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
-        self.aliases: dict[str, list[str]] = {}
+        self._roots = roots
         self._slots: list[tuple[MutableMapping[str, Any], str, str]] = []
         self._recurrent: list[nn.RNNBase] = []
         self.modules: list[nn.Module] = []
@@ -72,7 +72,6 @@ class Inventory:
                 full = f"{path}.{key}" if path else key
                 name = seen.setdefault(id(tensor), full)
                 kind.setdefault(name, tensor)
-                self.aliases.setdefault(name, []).append(full)
                 self._slots.append((slots, key, name))
 
     def trainable(self, selection: Selection = None) -> dict[str, Tensor]:
@@ -85,9 +84,10 @@ class Inventory:
             )
         if selection is None:
             return trainable
-        wanted = [self._test(item) for item in _items(selection)]
+        items = _items(selection)
+        wanted = [self._test(item) for item in items]
         chosen = {n: p for n, p in trainable.items() if any(test(n, p) for test in wanted)}
-        for item, test in zip(_items(selection), wanted, strict=True):
+        for item, test in zip(items, wanted, strict=True):
             if not any(test(n, p) for n, p in trainable.items()):
                 raise ValueError(
                     f"params={_shown(item)} matches no trainable parameter; "
@@ -99,7 +99,10 @@ class Inventory:
 
     def _test(self, item: Any) -> Callable[[str, Tensor], bool]:
         if isinstance(item, str):
-            return lambda name, p: any(fnmatchcase(alias, item) for alias in self.aliases[name])
+            aliases = self._aliases()
+            return lambda name, p: any(
+                fnmatchcase(alias, item) for alias in (name, *aliases.get(id(p), ()))
+            )
         if isinstance(item, nn.Module):
             held = {id(p) for p in unwrapped(item).parameters()}
             return lambda name, p: id(p) in held
@@ -111,6 +114,15 @@ class Inventory:
             "params= takes names, globs, modules, parameters or a predicate (name, parameter) -> bool, "
             f"got {type(item).__name__}"
         )
+
+    def _aliases(self) -> dict[int, list[str]]:
+        """Every name of each parameter by its id, through modules held twice too."""
+        names: dict[int, list[str]] = {}
+        for root, top in self._roots.items():
+            for path, module in top.named_modules(prefix=root, remove_duplicate=False):
+                for key, parameter in module._parameters.items():
+                    names.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
+        return names
 
     def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """``tensors`` in the places of the parameters and buffers of their names, for a while."""
@@ -140,6 +152,7 @@ class _Holding(AbstractContextManager[None]):
         # What a forward pass leaves in a module (computed weights, activations) is undone too.
         self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
         self._attributes = [(m.__dict__, m.__dict__.copy()) for m in self._modules]
+        self._buffers = [(m._buffers, len(m._buffers)) for m in self._modules]
         tensors = self._tensors
         for slots, key, name in self._slots:
             if name in tensors and slots[key] is not tensors[name]:
@@ -152,6 +165,10 @@ class _Holding(AbstractContextManager[None]):
     def __exit__(self, *exception: object) -> None:
         for slots, key, tensor in reversed(self._replaced):
             slots[key] = tensor
+        for buffers, count in self._buffers:
+            if len(buffers) > count:
+                for name in list(buffers)[count:]:  # made in the forward pass
+                    del buffers[name]
         for now, before in self._attributes:
             if _differs(now, before):
                 now.clear()
@@ -190,6 +207,11 @@ def _differs(now: dict[str, Any], before: dict[str, Any]) -> bool:
         return now != before  # identical objects compare equal without being looked at
     except Exception:  # a replaced tensor or array has no truth value; other objects may refuse too
         return True
+
+
+def kept(selection: Selection) -> Selection:
+    """A selection that can be looked at any number of times."""
+    return list(selection) if isinstance(selection, Iterator) else selection
 
 
 def _items(selection: Selection) -> list[Any]:

@@ -41,5 +41,9 @@ def is_plain(modules: Iterable[nn.Module], loss: Any) -> bool:
     unknown get them.
     """
     return type(loss) in ORDINARY_LOSSES and all(
-        type(m) in ORDINARY and not m._forward_hooks and not m._forward_pre_hooks for m in modules
+        type(m) in ORDINARY
+        and not m._forward_hooks
+        and not m._forward_pre_hooks
+        and "forward" not in m.__dict__  # put there by tools that patch layers
+        for m in modules
     )

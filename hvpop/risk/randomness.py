@@ -92,7 +92,7 @@ def torch_states() -> list[Tensor]:
 @cache
 def seed_tensor(seed: int) -> Tensor:
     """The seed as data of a function, so that functions which differ by it alone are one."""
-    return torch.tensor(seed)
+    return torch.tensor(seed, device="cpu")
 
 
 def _state(generator: Any) -> Any:

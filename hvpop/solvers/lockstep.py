@@ -135,7 +135,7 @@ class _Run(Generic[S]):
         self.columns = torch.arange(k, device=B.device)  # (running,)
         self.status: list[Status] = ["max steps"] * k
         self.reference = B.new_full((k,), torch.inf)  # least true error at a check
-        self.checked = B.new_full((k,), torch.inf)  # error by recurrence at the last check
+        self.checked = B.new_full((k,), torch.inf)  # error / floor at the last check
         self.direction: Tensor | None = None
 
     @property
@@ -166,30 +166,30 @@ class _Run(Generic[S]):
         state, at = self.state, self.columns
         negative = state.halt == NEGATIVE
         claimed = (state.error <= self.target[at]) | (state.halt == BREAKDOWN)
-        low = (state.error <= self.recurrence.floor(state)) & (
-            state.error <= 0.1 * self.checked[at]
-        )
+        depth = state.error / self.recurrence.floor(state)  # falls with the error, or as x grows
+        low = (depth <= 1) & (depth <= 0.1 * self.checked[at])
         due = ((claimed | low) & ~negative).nonzero().squeeze(1)
         ended = torch.zeros_like(negative)
         if due.numel():
-            ended[due] = self._check(due, claimed[due])
+            ended[due] = self._check(due, claimed[due], depth[due])
         if bool(negative.any()):
             self._keep_directions(negative)
             self._close_checked(negative)
         self._drop(ended | negative)
 
-    def _check(self, due: Tensor, claimed: Tensor) -> Tensor:
+    def _check(self, due: Tensor, claimed: Tensor, depth: Tensor) -> Tensor:
         """Which of the columns ``due`` end here; the others go on, from their true residual if need be."""
         state, at = self.state, self.columns[due]
         fresh = self.recurrence.start(self.B[:, at], state.X[:, due])
         converged = fresh.error <= self.target[at]
         faithful = ~claimed & (state.error[due] >= 0.5 * fresh.error)
         improved = fresh.error <= 0.5 * self.reference[at]
-        better = fresh.error <= self.error[at]
+        first = self.reference[at].isinf() & (fresh.error <= self.error[at])
+        better = converged | first | (fresh.error <= 0.9 * self.error[at])  # not by rounding's grace
         self.x[:, at[better]], self.error[at[better]] = fresh.X[:, better], fresh.error[better]
         self.reference[at] = torch.minimum(self.reference[at], fresh.error)
         again = improved & ~converged & ~faithful
-        self.checked[at] = torch.where(again, torch.inf, state.error[due])
+        self.checked[at] = torch.where(again, torch.inf, depth)
         state.put(due[again], fresh.take(again))
         ended = converged | ~(faithful | improved)
         for column, good in zip(at[ended].tolist(), converged[ended].tolist(), strict=True):

@@ -81,6 +81,8 @@ class _State(lockstep.State):
     c_last: Tensor  # (k,)
     s_last: Tensor  # (k,)
     size: Tensor  # (k,), of T as far as it is known
+    error_then: Tensor  # (k,), |r| when it last fell by a hundredth
+    moved_then: Tensor  # (k,), |x - x_start| then
 
 
 class _MinimalResiduals(lockstep.Recurrence[_State]):
@@ -113,6 +115,8 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
             c_last=one,
             s_last=zero.clone(),
             size=zero,
+            error_then=torch.linalg.vector_norm(R, dim=0),
+            moved_then=torch.zeros_like(phi),
         )
 
     def step(self, t: _State) -> None:
@@ -132,11 +136,16 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
         gamma_bar = t.c * alpha - t.s * t.c_last * t.beta
         gamma = torch.hypot(gamma_bar, beta)
 
-        # |A r| / |r| before this step: where it is nothing but rounding, no step reduces the residual
+        # |A r| / |r| before this step: where it is nothing but rounding, no step reduces the residual.
+        # Short of that, an x that runs away while its residual stays has met a singular system.
         slope = torch.hypot(gamma_bar, t.c * beta)
         moved = torch.linalg.vector_norm(t.X - t.X_start, dim=0)
-        growth = 1 + t.size * moved * _reciprocal(t.error)
-        flat = (slope <= 4 * self.eps * t.size * growth) | (gamma == 0)
+        falls = t.error <= 0.99 * t.error_then
+        t.error_then = torch.where(falls, t.error, t.error_then)
+        t.moved_then = torch.where(falls, moved, t.moved_then)
+        usual = torch.linalg.vector_norm(t.X_start, dim=0) + t.error / self.scale
+        runs_away = moved > 10 * torch.maximum(t.moved_then, usual)
+        flat = (slope <= 4 * self.eps * t.size) | (gamma == 0) | runs_away
         t.halt = torch.where(flat, BREAKDOWN, GO)
 
         inverse = torch.where(flat, 0.0, _reciprocal(gamma))

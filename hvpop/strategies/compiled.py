@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
-from .compiling.program import Program, Run, agree, first_line
+from .compiling.program import Program, Run, first_line
 from .compiling.tracing import UntraceableError
 from .reverse import ReverseOverReverse
 
@@ -92,8 +92,15 @@ class Compiled(HVPStrategy):
         if program is None or (program.proven and program.run is None):
             return wrapped()
         inputs = [*params.values(), *_tensors(args)]
-        with _undifferentiated():
-            residuals = program.prepare(*inputs)
+        try:
+            with _undifferentiated():
+                residuals = program.prepare(*inputs)
+        except Exception as error:
+            if program.proven:
+                raise
+            self.complain([f"the traced function failed ({first_line(error)})"])
+            program.proven = True
+            return wrapped()
         return _Map(self, program, wrapped, params, residuals, _bytes_beyond(residuals, inputs))
 
     def complain(self, reasons: Iterable[str]) -> None:
@@ -190,9 +197,7 @@ class _Map(LinearMap):
         if not all(bool(t.isfinite().all()) for t in expected):
             return
         with _undifferentiated():
-            complaints = self._program.prove(
-                self._residuals, self._ordered(w), lambda result: agree(result, expected)
-            )
+            complaints = self._program.prove(self._residuals, self._ordered(w), expected)
         self._compiled.complain(complaints)
         self._reference = None
 
@@ -220,7 +225,7 @@ def _generic(params: Params, *k: int) -> Params:
     """A direction like any other, or k of them, the same every time."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(*k, *p.shape, dtype=p.dtype, generator=generator).to(p.device)
+        name: torch.randn((*k, *p.shape), dtype=p.dtype, generator=generator).to(p.device)
         for name, p in params.items()
     }
 
@@ -249,9 +254,9 @@ def _tensors(arguments: object) -> list[Tensor]:
 
 def _bytes_beyond(tensors: Sequence[Tensor], known: Sequence[Tensor]) -> int:
     """Memory behind the tensors that is not behind the known ones."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     kept = {t.untyped_storage().data_ptr() for t in known}
-    return sum(n for address, n in storages.items() if address not in kept)
+    return sum(size for address, size in storages.items() if address not in kept)
 
 
 @contextmanager

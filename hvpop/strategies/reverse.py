@@ -111,6 +111,8 @@ class _DoubleBackward(LinearMap):
             return None
         if strategy.batches_columns is None:
             single = self({name: v[0] for name, v in V.items()})
+            if not all(t.isfinite().all() for t in single.values()):
+                return products  # not comparable, and somebody else's to tell
             strategy.batches_columns = _agree({n: p[0] for n, p in products.items()}, single)
             if not strategy.batches_columns:
                 warnings.warn(

@@ -13,7 +13,7 @@ Pair = tuple[Tensor, Tensor]
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return normal numbers from a seed of their own."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def classes(*shape: int, of: int = 3, seed: int = 0) -> Tensor:

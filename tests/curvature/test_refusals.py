@@ -11,21 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hvpop import (
     TOTAL,
     Average,
     EmpiricalRisk,
-    FiniteDifference,
-    ForwardOverReverse,
     HessianOperator,
     ReverseOverReverse,
 )
 from hvpop.risk import hugging_face
-from hvpop.strategies import FirstThatWorks
 
-from .problems import error, mlp, random, regression, split
+from .problems import mlp, random, regression, split
 
 DATA = split(regression(), (10, 10, 3))
 SELECTIONS = "there are 0.weight, 0.bias, 2.weight, 2.bias"
@@ -332,58 +328,7 @@ def test_an_operator_of_a_model_that_is_another_now_says_so(change: Any, now: st
     model = mlp()
     H = HessianOperator(model, nn.MSELoss(), DATA)
     change(model)
-    message = rf"parameters changed since .* \(then 4 with 43 entries, now {now} entries\); build a"
+    message = rf"parameters changed since .* \(then 4 with 43 entries, now {now}\); build a"
     for use in (lambda: H @ random(43), H.linearize):
         with pytest.raises(RuntimeError, match=message):
             use()
-
-
-# -- derivatives that do not exist ------------------------------------------------------------------------
-
-
-class Once(torch.autograd.Function):
-    """A cube whose author rules out a second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-
-ONCE: dict[str, Any] = {
-    "before a curved loss": lambda out, y: (Once.apply(out) - y).square().mean(),
-    "before a linear loss": lambda out, y: (Once.apply(out) - y).mean(),
-    "alone": lambda out, y: Once.apply(out.mean()),
-}
-
-
-@pytest.mark.parametrize(
-    "strategy", [None, ReverseOverReverse(), FirstThatWorks(ReverseOverReverse())], ids=repr
-)
-@pytest.mark.parametrize("where", ONCE)
-def test_once_differentiable_functions_are_refused(where: str, strategy: Any) -> None:
-    message = r"is once_differentiable, so its second derivative is not defined; strategy=Finite"
-    for mode in ("batch", "full"):
-        with pytest.raises(RuntimeError, match=message):
-            product(loss=ONCE[where], strategy=strategy, mode=mode)
-    with pytest.raises(RuntimeError, match="ForwardOverReverse.*has no jvp"):
-        product(loss=ONCE[where], strategy=ForwardOverReverse())
-
-
-@pytest.mark.parametrize("where", ONCE)
-def test_finite_differences_of_once_differentiable_functions_are_given(where: str) -> None:
-    def cubed(out: Tensor, y: Tensor) -> Tensor:
-        apply, Once.apply = Once.apply, lambda x: x**3
-        try:
-            return ONCE[where](out, y)
-        finally:
-            Once.apply = apply
-
-    found = product(loss=ONCE[where], strategy=FiniteDifference())
-    assert error(found, product(loss=cubed)) < 1e-6

@@ -261,3 +261,33 @@ def test_hooks_of_the_user_run_and_stay() -> None:
     assert len(calls) == 1
     assert type(calls[0]) is Tensor
     assert seen_of_module(model[0])["hooks"] == before
+
+
+def test_buffers_made_in_a_forward_pass_are_not_left_behind() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.mask = mlp(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mask is None:
+                self.mask = torch.ones(x.shape[1], dtype=x.dtype)
+                self.register_buffer("kept_mask", self.mask)
+            return self.net(x * self.mask)
+
+    model = Lazy()
+    H = HessianOperator(model, nn.MSELoss(), DATA)
+    v = random(H.shape[1])
+    assert error(H @ v, HessianOperator(mlp(), nn.MSELoss(), DATA) @ v) < TIGHT
+    assert list(model.buffers()) == []
+    assert model.mask is None
+
+
+def test_layers_with_a_patched_forward_get_the_patch() -> None:
+    model = mlp()
+    model[0].forward = lambda x: nn.functional.dropout(
+        nn.functional.linear(x, model[0].weight, model[0].bias)
+    )
+    H = HessianOperator(model, nn.CrossEntropyLoss(), [(random(9, 4), classes(9))])
+    v = random(H.shape[1])
+    assert torch.equal(H @ v, H @ v)

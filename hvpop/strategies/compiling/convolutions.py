@@ -21,7 +21,7 @@ def weight_gradient(w: Writer, x: fx.Node) -> fx.Node | None:
     """The transpose (first two axes) of ``x``, if that is the gradient of a weight."""
     if x.target is not aten.convolution.default:
         return None
-    input, weight, bias, dilation, padding, stride, transposed, output_padding, groups = args_of(x)
+    input, weight, bias, dilation, padding, stride, transposed, _, groups = args_of(x)
     batch, grad = _transposed(input), _transposed(weight)
     if batch is None or grad is None or bias is not None or transposed or groups != 1:
         return None

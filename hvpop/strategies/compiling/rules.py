@@ -55,11 +55,13 @@ def _div(w: Writer, node: fx.Node, a: Any, b: Any) -> Value | None:
     return w.scaled(a, 1 / b) if isinstance(b, Scalar) else None
 
 
-def _chain(w: Writer, node: fx.Node, grad: Value, *rest: Any) -> Value | None:
+def _chain(w: Writer, node: fx.Node, grad: Value, *rest: Any, **options: Any) -> Value | None:
     """Backward of an element-wise function: the gradient times a derivative that v does not touch."""
     if w.varies(rest) or not _alike(node, args_of(node)[0]):
         return None
-    return w.times(grad, w.call(node.target, _constant(w, aten.ones.default, node), *rest))
+    return w.times(
+        grad, w.call(node.target, _constant(w, aten.ones.default, node), *rest, **options)
+    )
 
 
 def _softmax_backward(
@@ -86,6 +88,10 @@ def _log_softmax_backward(
 
 def _copy(w: Writer, node: fx.Node, a: Value, **options: Any) -> Value | None:
     return a if _alike(node, args_of(node)[0]) else None
+
+
+def _overwrite(w: Writer, node: fx.Node, a: Value, b: Value, *_: Any) -> Value | None:
+    return expand(w, node, b) if w.varies(b) and _alike(node, args_of(node)[1]) else None
 
 
 def _zeros_like(w: Writer, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
@@ -211,6 +217,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.div.Scalar: _div,
     aten.expand.default: expand,
     aten.zeros_like.default: _zeros_like,
+    aten.copy.default: _overwrite,
     **dict.fromkeys(_COPIES, _copy),
     **dict.fromkeys(_CHAIN, _chain),
 }

@@ -58,6 +58,8 @@ class _Walk:
             value = None if rule is None else rule(self._writer, node, *args, **kwargs)
         elif node.target in (aten.alias.default, aten.detach.default):
             value = args[0]
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            value = self._writer.call(aten.reshape.default, *args)  # whatever the strides are now
         if value is None:
             args, kwargs = map_values((args, kwargs), self._writer.written)
             value = self._writer.copy(node, args, kwargs)

@@ -76,7 +76,7 @@ class Writer:
         """The old node's operation, whose result is known, of the new arguments."""
         key = _key(node.target, args, kwargs)
         if key not in self._known:
-            self._known[key] = self._node(node.meta["val"], node.target, args, kwargs)
+            self._known[key] = self._node(node.meta.get("val"), node.target, args, kwargs)
         return self._known[key]
 
     def _node(self, val: Any, target: Any, args: Any, kwargs: Any) -> fx.Node:

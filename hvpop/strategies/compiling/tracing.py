@@ -33,6 +33,8 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.G
     for node in graph_module.graph.nodes:
         if writing(node):
             raise UntraceableError(f"{node.target} writes to an input or to a captured tensor")
+        if getattr(node.meta.get("val"), "layout", torch.strided) is not torch.strided:
+            raise UntraceableError(f"{node} is {node.meta['val'].layout}")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise UntraceableError(f"{node.target} draws random numbers")
     return graph_module

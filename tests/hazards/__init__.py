@@ -1,0 +1,1 @@
+"""What goes wrong elsewhere, one test each."""

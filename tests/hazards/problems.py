@@ -1,0 +1,58 @@
+"""A classification problem in uneven batches, and the truth about it, for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.curvature.problems import classes, dense_hessian, error, mlp, random, regression, split
+
+__all__ = [
+    "EXACT",
+    "Apply",
+    "classes",
+    "dense_hessian",
+    "error",
+    "labelled",
+    "mlp",
+    "random",
+    "regression",
+    "split",
+    "truth",
+    "vector",
+]
+
+EXACT = 1e-12
+"""Relative: sums of some hundred float64 products in another order."""
+
+
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def labelled(n: int = 23) -> tuple[Tensor, Tensor]:
+    """Return inputs (n, 4) and class indices (n,)."""
+    return random(n, 4, seed=1), classes(n, seed=2)
+
+
+def vector(model: nn.Module) -> Tensor:
+    """Return a normal vector over the trainable parameters."""
+    return random(sum(p.numel() for p in model.parameters() if p.requires_grad), seed=3)
+
+
+def truth(
+    model: nn.Module, x: Any, y: Tensor, loss: Callable[..., Tensor] = F.cross_entropy
+) -> Tensor:
+    """Return the Hessian (n, n) of the loss of one batch, by plain double backward."""
+    return dense_hessian(model, lambda: loss(model(x), y))
