@@ -87,11 +87,12 @@ def empirical_loss_function(
     risk = EmpiricalRisk(model, loss, data_loader, mode="full")
 
     def empirical_loss(params: Params) -> Tensor:
-        held = risk.parameters()
+        risk.parameters()
+        held = risk.names()
         unknown = [name for name in params if name not in held]
         if unknown:
             raise ValueError(
-                f"no trainable parameter is called {', '.join(unknown)}; there are {', '.join(held)}"
+                f"no parameter is called {', '.join(unknown)}; there are {', '.join(held)}"
             )
         (term,) = risk.terms()
         value: Tensor = term.function(params, risk.state(), *term.data)
@@ -190,5 +191,6 @@ def _like(params: ParamsT, tensors: Params) -> ParamsT:
     if isinstance(params, Tensor):
         return tensors[""]
     if isinstance(params, dict):
-        return tensors
-    return type(params)(tensors.values())
+        return type(params)(tensors)
+    fields = tuple(tensors.values())
+    return type(params)(*fields) if hasattr(params, "_fields") else type(params)(fields)

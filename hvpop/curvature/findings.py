@@ -23,7 +23,7 @@ class Timing:
 
     strategy: str
     seconds: float
-    graph_bytes: int
+    graph_bytes: int | None  # None: not known
     error: float  # relative, against finite differences of backward() gradients
 
 
@@ -53,7 +53,15 @@ class CheckResult:
         lines = [f"{signs[f.level]} {f.what}: {f.detail}" for f in self.findings]
         lines += [
             f"       {t.strategy}: {t.seconds * 1e3:.3g} ms a product, "
-            f"{t.graph_bytes / 2**20:.2f} MiB of graph, error {t.error:.1e}"
+            f"{_size(t.graph_bytes)}, error {t.error:.1e}"
             for t in self.timings
         ]
         return "\n".join([*lines, f"verdict: {self.verdict}"])
+
+
+def _size(graph_bytes: int | None) -> str:
+    return (
+        "graph of unknown size"
+        if graph_bytes is None
+        else f"{graph_bytes / 2**20:.2f} MiB of graph"
+    )

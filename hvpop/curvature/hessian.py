@@ -23,6 +23,7 @@ from ..strategies.fallback import settled
 from .blocks import block
 from .check import CheckResult, check
 from .diagnosis import culprit
+from .joining import LiveJoin
 from .linearized import LinearizedHessian
 from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
 
@@ -100,8 +101,8 @@ class HessianOperator(LinearOperator):
                 "for example strategy=ForwardOverReverse()"
             )
         point = risk.parameters()
-        self._layout = layout_of(point)
         dtype, device = space_of(point)
+        self._layout = layout_of(point)
         if dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
                 f"the products of a {dtype} model are accurate to two or three digits; "
@@ -114,6 +115,7 @@ class HessianOperator(LinearOperator):
         self._seconds = 0.0
         self.risk = risk
         self.strategy = FirstThatWorks() if strategy is None else strategy
+        self._join = LiveJoin(self.risk, self.strategy)
 
     @property
     def layout(self) -> Layout:
@@ -185,7 +187,8 @@ class HessianOperator(LinearOperator):
         columns = to_point(V, self.layout, point)
         multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
-        with grad_enabled(), self.risk.policies, closing(self.risk.terms()) as terms:
+        joined = self._join.terms(point, state)
+        with grad_enabled(), self.risk.policies, closing(joined) as terms:
             for term in terms:
                 # No name for the map: its graph is gone before the next batch's is built.
                 total.add(

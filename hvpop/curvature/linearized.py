@@ -22,11 +22,13 @@ from ..strategies import (
     HVPStrategy,
     NoSecondDerivativeError,
     Params,
+    ReverseOverReverse,
 )
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
 from .diagnosis import culprit
-from .memory import budget_in_bytes
+from .joining import agree, random_direction
+from .memory import budget_in_bytes, out_of_memory
 from .preparation import Preparation
 from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
 
@@ -142,18 +144,23 @@ class LinearizedHessian(LinearOperator):
         return Y
 
     def _attempt(self, columns: Params) -> list[Tensor]:
-        try:
-            return self._product(self._prepared(), columns)
-        except NoSecondDerivativeError:
-            self._preparation = None  # its maps are those of the strategy that failed
-            raise
+        prepared = self._prepared()
+        while True:
+            try:
+                return self._product(prepared, columns)
+            except NoSecondDerivativeError:
+                self._preparation = None  # its maps are those of the strategy that failed
+                raise
+            except Exception as error:
+                if not out_of_memory(error) or not prepared.release():
+                    raise
 
     def _product(self, prepared: Preparation, columns: Params) -> list[Tensor]:
         multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
         for part in prepared.parts:
-            linear = part.map or prepared.linearized(part.term)
-            total.add(multiply(linear), part.term.weight)
+            # No name for a map made here: its graph is gone before the next one is built.
+            total.add(multiply(part.map or prepared.linearized(part.term)), part.term.weight)
         for term in prepared.rest():
             total.add(multiply(prepared.linearized(term)), term.weight)
         self._passes += not prepared.complete
@@ -173,53 +180,45 @@ class LinearizedHessian(LinearOperator):
         prepared = Preparation(self.risk, self.strategy, self._point, self._state, self._budget)
         joins = [] if isinstance(self.strategy, FiniteDifference) else prepared.joins()
         if joins:
-            probe = self._probe()
+            probe = random_direction(self._point, self.risk.seed)
             truth = self._truth(prepared, probe)
             self.risk.refuse_unknown_divisors()
+            if not truth or not all(bool(t.isfinite().all()) for t in truth):
+                joins = []  # nothing to compare with; the product will say why
         for join in joins:
             with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
                 prepared.build(join)
                 product = self._product(prepared, probe)
-                if _agree(product, truth, 1000 * torch.finfo(truth[0].dtype).eps):
+                if agree(product, truth):
                     return prepared
                 # Concatenation may be wrong, where samples see each other; stacking may not.
-                if join is stacked and not _agree(product, truth, 1e-4):
+                if join is stacked and not agree(product, truth, 1e-4):
                     warnings.warn(_DISAGREES.format(self), stacklevel=2)
         prepared.build(None)
         return prepared
 
-    def _probe(self) -> Params:
-        generator = torch.Generator().manual_seed(self.risk.seed)
-        return {
-            name: torch.randn(1, *p.shape, generator=generator).to(p)
-            for name, p in self._point.items()
-        }
-
     def _truth(self, prepared: Preparation, probe: Params) -> list[Tensor]:
-        """A product by the default strategy, batch by batch."""
-        chosen = self.strategy if isinstance(self.strategy, FirstThatWorks) else FirstThatWorks()
+        """A product by the default strategy, batch by batch; empty if that cannot do it."""
+        chosen = self.strategy if isinstance(self.strategy, FirstThatWorks) else None
+        reference = chosen or ReverseOverReverse()
         multiply = multiplier(probe)
-
-        def compute() -> list[Tensor]:
-            total = WeightedSum(self.risk.average.normalized)
+        total = WeightedSum(self.risk.average.normalized)
+        try:
             for term in prepared.terms:
-                linear = chosen.linearize(term.function, self._point, self._state, *term.data)
-                total.add(multiply(linear), term.weight)
-            return total.result()
-
-        return settled(chosen, compute)
+                total.add(
+                    multiply(
+                        reference.linearize(term.function, self._point, self._state, *term.data)
+                    ),
+                    term.weight,
+                )
+        except NoSecondDerivativeError:
+            if chosen is not None:
+                raise  # the chain steps down, and preparation starts again
+            return []
+        return total.result()
 
 
 _DISAGREES = (
     "{!r}: batches are run one by one, because vectorized over they gave another product than by "
     "themselves"
 )
-
-
-def _agree(products: list[Tensor], truth: list[Tensor], tolerance: float) -> bool:
-    """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
-    error = sum(
-        float((y - t).double().square().sum()) for y, t in zip(products, truth, strict=True)
-    )
-    scale = sum(float(t.double().square().sum()) for t in truth)
-    return bool(error**0.5 <= tolerance * scale**0.5)

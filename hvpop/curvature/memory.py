@@ -24,7 +24,7 @@ def budget_in_bytes(memory: Memory, device: torch.device) -> int:
     if memory is None:
         return int(FREE_FRACTION * free_memory(device))
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", memory)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", memory)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"memory must be bytes or text such as '2GiB', got {memory!r}")
         return int(float(match[1]) * _UNITS[match[2].lower()])

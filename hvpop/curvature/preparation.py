@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from ..risk import EmpiricalRisk, Term
@@ -85,6 +85,15 @@ class Preparation:
             with closing(self._risk.terms()) as terms:
                 yield from islice(terms, len(self.terms), None)
 
+    def release(self) -> bool:
+        """Give up the last map that is kept, to make room; False if none is."""
+        self._keeping = False
+        for i, part in reversed(list(enumerate(self.parts))):
+            if part.map is not None:
+                self.parts[i] = replace(part, map=None)
+                return True
+        return False
+
     def linearized(self, term: Term) -> LinearMap:
         """The map of a term, made now."""
         return self._strategy.linearize(term.function, self._point, self._state, *term.data)
@@ -127,7 +136,7 @@ class Preparation:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            self._keeping = False  # the estimate was wrong, or others took the memory
+            self.release()  # the estimate was wrong, or others took the memory
             return None
         self._kept_bytes += getattr(linear, "residual_bytes", size)
         return linear

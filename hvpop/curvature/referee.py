@@ -25,7 +25,7 @@ STEPS = 4
 class Difference:
     """A product, and how far those found with two steps are apart."""
 
-    product: Tensor  # (n,), float64
+    product: Tensor  # (n, 1), float64
     error: float  # relative; large if there are kinks near the point, or too few digits
 
 
@@ -77,7 +77,7 @@ def _quotient(gradient: Callable[[float], Tensor], h: float) -> Tensor:
 def _gradient(
     risk: EmpiricalRisk, terms: list[Term], point: Params, state: Params, v: Params, t: float
 ) -> Tensor:
-    """The gradient at ``point + t v``, over all terms, shape (n,)."""
+    """The gradient at ``point + t v``, over all terms, shape (n, 1)."""
     moved = {name: p + t * v[name] for name, p in point.items()}
     total = WeightedSum(risk.average.normalized)
     with grad_enabled():
@@ -86,7 +86,7 @@ def _gradient(
             dense = [g.to_dense() if g.is_sparse else g for g in gradient.values()]
             total.add([g.double() for g in dense], term.weight)
     device = next(iter(point.values())).device
-    return torch.cat([g.reshape(-1).to(device) for g in total.result()])
+    return torch.cat([g.reshape(-1, 1).to(device) for g in total.result()])
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -154,6 +154,10 @@ class EmpiricalRisk:
         self._chosen = self._inventory.trainable(self._selection)
         return self._chosen
 
+    def names(self) -> list[str]:
+        """The names of all parameters, those that do not count included."""
+        return list(self._inventory.parameters)
+
     def state(self) -> dict[str, Tensor]:
         """The live tensors that a loss depends on beside `parameters`: buffers, frozen parameters.
 
@@ -288,6 +292,11 @@ class EmpiricalRisk:
     def in_memory(self) -> bool:
         """Whether the user holds all batches anyway, where they are needed."""
         return self._data.in_memory and self._moved == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether model and loss are made of ordinary parts only, which need no policies."""
+        return self._plain
 
     def gradient(
         self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None

@@ -15,7 +15,7 @@ from . import checks
 from .inverse import NotConverged
 from .lanczos import Lanczos
 from .progress import Bar
-from .results import FunctionResult, Status
+from .results import FunctionResult, Status, worst
 
 Function = Literal["sqrt", "invsqrt", "log", "exp", "abs", "sign"]
 
@@ -106,7 +106,7 @@ class MatrixFunction(Composite):
         try:
             while run.running and run.lanczos.steps < self.max_steps:
                 run.step()
-                bar.update(f"error {run.errors.max().item():.2e}")
+                bar.update(lambda: f"error {worst(run.errors, run.targets)}")
         except KeyboardInterrupt:
             status = "interrupted"
         finally:

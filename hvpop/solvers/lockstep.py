@@ -17,7 +17,7 @@ from torch import Tensor
 from ..operators import LinearOperator
 from . import checks
 from .progress import Bar
-from .results import Callback, SolveResult, Status, Step
+from .results import Callback, SolveResult, Status, Step, worst
 
 GO, BREAKDOWN, NEGATIVE = 0, 1, 2
 
@@ -109,7 +109,7 @@ def solve(
         run.begin(rtol, atol)
         while run.running and run.steps < max_steps:
             run.step()
-            bar.update(run.worst())
+            bar.update(run.worst)
             if callback is not None and callback(run.report()):
                 run.close_all("interrupted")
         run.close_all("max steps")
@@ -185,7 +185,9 @@ class _Run(Generic[S]):
         faithful = ~claimed & (state.error[due] >= 0.5 * fresh.error)
         improved = fresh.error <= 0.5 * self.reference[at]
         first = self.reference[at].isinf() & (fresh.error <= self.error[at])
-        better = converged | first | (fresh.error <= 0.9 * self.error[at])  # not by rounding's grace
+        better = (
+            converged | first | (fresh.error <= 0.9 * self.error[at])
+        )  # not by rounding's grace
         self.x[:, at[better]], self.error[at[better]] = fresh.X[:, better], fresh.error[better]
         self.reference[at] = torch.minimum(self.reference[at], fresh.error)
         again = improved & ~converged & ~faithful
@@ -227,12 +229,14 @@ class _Run(Generic[S]):
         if not self.running:
             return
         at, X = self.columns, self.state.X
-        self.x[:, at] = X
         if self.steps:
-            self.error[at] = self.recurrence.start(self.B[:, at], X).error
+            error = self.recurrence.start(self.B[:, at], X).error
+            # the last iterate, unless rounding has since spoilt one that was checked
+            last = self.reference[at].isinf() | (error <= self.error[at])
+            self.x[:, at[last]], self.error[at[last]] = X[:, last], error[last]
         for column, good in zip(at.tolist(), (self.error <= self.target)[at].tolist(), strict=True):
             self.status[column] = "converged" if good else status
-        self.columns = at[:0]
+        self._drop(torch.ones_like(at, dtype=torch.bool))
 
     def _require_finite(self) -> None:
         if not bool(self.state.error.isfinite().all()):
@@ -242,18 +246,18 @@ class _Run(Generic[S]):
             )
 
     def worst(self) -> str:
-        if not self.running:
-            return "done"
-        ratio = self.state.error / self.target[self.columns].clamp_min(1e-300)
-        at = int(ratio.argmax())
-        text = f"residual {self.state.error[at].item():.2e}"
-        text += f" (target {self.target[self.columns[at]].item():.2e})"
+        text = f"residual {worst(self._norms(), self.target)}"
         return text if self.vector else f"{text}, {self.columns.numel()} columns"
 
+    def _norms(self) -> Tensor:
+        norms = self.error.clone()
+        norms[self.columns] = self.state.error
+        return norms
+
     def report(self) -> Step:
-        x, norms = self.x.clone(), self.error.clone()
-        x[:, self.columns], norms[self.columns] = self.state.X, self.state.error
-        return Step(self.steps, self._as_b(x), norms, self.recurrence.products)
+        x = self.x.clone()
+        x[:, self.columns] = self.state.X
+        return Step(self.steps, self._as_b(x), self._norms(), self.recurrence.products)
 
     def result(self) -> SolveResult:
         return SolveResult(

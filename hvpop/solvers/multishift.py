@@ -11,7 +11,7 @@ from ..operators import Damped, LinearOperator
 from . import checks
 from .cg import cg
 from .progress import Bar
-from .results import Callback, MultishiftResult, Status, Step
+from .results import Callback, MultishiftResult, Status, Step, worst
 
 
 def multishift_cg(
@@ -80,9 +80,7 @@ def multishift_cg(
     try:
         while bool(family.running.any()) and family.steps < limit:
             family.step()
-            bar.update(
-                f"residual {family.error.max().item():.2e}, {int(family.running.sum())} open"
-            )
+            bar.update(family.worst)
             if callback is not None and callback(family.report(b.ndim == 1)):
                 interrupted = True
                 break
@@ -164,6 +162,10 @@ class _Family:
         self.P[i][:, at], self.D[i, at], self.zeta[i, at] = P, pivot, zeta
         self.error[i, at] = torch.where(flat, self.error[i, at], beta_next * weight.abs())
         self.negative[i, at] = flat
+
+    def worst(self) -> str:
+        text = worst(self.error, self.target.expand_as(self.error))
+        return f"residual {text}, {int(self.running.sum())} open"
 
     def report(self, vector: bool) -> Step:
         x = self.X[0].squeeze(1) if vector else self.X[0]

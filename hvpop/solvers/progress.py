@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -15,10 +16,10 @@ class Bar:
 
             self._bar = tqdm(desc=who, unit="step")
 
-    def update(self, text: str) -> None:
-        """One more step."""
+    def update(self, text: Callable[[], str]) -> None:
+        """One more step; the text is made only if it is shown."""
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(text(), refresh=False)
             self._bar.update()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ TrustStatus = Literal["converged", "boundary", "negative curvature", "max steps"
 class Step:
     """What a callback gets after every step; returning True from it ends the run, "interrupted".
 
-    ``x`` is the solver's own memory: clone it to keep it.
+    ``x`` may be the solver's own memory: clone it to keep it.
     """
 
     number: int

@@ -113,7 +113,7 @@ def steihaug(
             ss, sp = ss + 2 * alpha * sp + alpha**2 * pp, beta * (sp + alpha * pp) - float(s @ r)
             p, pp = beta * p - z, rho + beta**2 * pp
             history.append(float(r.norm()))
-            bar.update(f"residual {history[-1]:.2e} (target {target:.2e}), length {ss**0.5:.2e}")
+            bar.update(lambda: f"residual {history[-1]:.2e} (target {target:.2e})")
             if callback is not None and callback(Step(steps, s, r.norm().reshape(1), steps)):
                 status = "interrupted"
                 break

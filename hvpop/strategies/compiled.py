@@ -117,7 +117,7 @@ class Compiled(HVPStrategy):
             key = (fn, *_signature((params, args)))
             if key not in self._programs:
                 self._programs[key] = self._traced(fn, params, args)
-        except UntraceableError as error:
+        except (UntraceableError, TypeError) as error:  # TypeError: fn cannot be hashed
             self.complain([f"the product cannot be traced ({error})"])
             return None
         self._programs.move_to_end(key)
@@ -134,11 +134,10 @@ class Compiled(HVPStrategy):
 
         def product(*tensors: Tensor) -> list[Tensor]:
             filled = list(leaves)
-            for place, tensor in zip(places, tensors[n:-n], strict=True):
+            for place, tensor in zip(places, tensors[n:], strict=False):
                 filled[place] = tensor
-            point, v = (
-                dict(zip(params, part, strict=True)) for part in (tensors[:n], tensors[-n:])
-            )
+            point = dict(zip(params, tensors, strict=False))
+            v = dict(zip(params, tensors[n + len(places) :], strict=True))
             linear = ReverseOverReverse().linearize(fn, point, *tree_unflatten(filled, structure))
             return list(linear(v).values())
 

@@ -44,18 +44,17 @@ class ForwardOverReverse(HVPStrategy):
     tensor([ 6., 12.])
     """
 
-    def __init__(self) -> None:
-        self._compared: ScalarFunction | None = None
+    compared: ScalarFunction | None = None
+    """The function at work, once a product with it has been compared."""
 
     def linearize(
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> LinearMap:
         _load_forward_rules()
         linear = _TangentOfGradient(self, fn, params, args, differentiable)
-        if self._compared == fn or differentiable:
+        if self.compared == fn or differentiable:
             return linear
-        self._compared = fn
-        return _ComparedOnce(linear, fn, params, args)
+        return _ComparedOnce(self, linear, fn, params, args)
 
 
 class _TangentOfGradient(LinearMap):
@@ -99,23 +98,22 @@ class _ComparedOnce(LinearMap):
 
     def __init__(
         self,
+        strategy: ForwardOverReverse,
         linear: LinearMap,
         fn: ScalarFunction,
         params: Params,
         args: tuple[object, ...],
     ) -> None:
-        self._linear = linear
-        self._reference: Callable[[], LinearMap] | None = lambda: ReverseOverReverse().linearize(
-            fn, params, *args
-        )
+        self._strategy, self._linear = strategy, linear
+        self._fn, self._params, self._args = fn, params, args
 
     def __call__(self, v: Params) -> Params:
         product = self._linear(v)
-        if self._reference is not None:
-            linearize, self._reference = self._reference, None
+        if self._strategy.compared != self._fn:
+            self._strategy.compared = self._fn
             reference = None
             with suppress(Exception):  # an op without a double backward, or no memory for a graph
-                reference = linearize()(v)
+                reference = ReverseOverReverse().linearize(self._fn, self._params, *self._args)(v)
             if reference is not None:
                 _compare(product, reference, v)
         return product

@@ -80,19 +80,19 @@ def peaks() -> dict[str, int]:
 def test_the_memory_of_a_live_product_is_that_of_one_batch(peaks: dict[str, int]) -> None:
     one = peaks["one batch"] - peaks["before"]
     assert one > 50e6  # large enough to be seen
-    assert peaks["six batches"] - peaks["one batch"] < 0.25 * one
+    assert peaks["six batches"] - peaks["one batch"] < 0.5 * one
 
 
 def test_a_linearized_product_without_budget_takes_no_more(peaks: dict[str, int]) -> None:
     one = peaks["one batch"] - peaks["before"]
-    assert peaks["linearized, nothing kept"] - peaks["one batch"] < 0.25 * one
+    assert peaks["linearized, nothing kept"] - peaks["one batch"] < 0.5 * one
 
 
 def test_a_linearized_product_stays_within_its_budget_and_one_batch(peaks: dict[str, int]) -> None:
     one = peaks["one batch"] - peaks["before"]
     assert 0 < peaks["kept"] < 6
     assert peaks["bytes"] <= 2.5 * one
-    assert peaks["linearized"] - peaks["before"] < (2.5 + 1.1) * one
+    assert peaks["linearized"] - peaks["before"] < (2.5 + 1.25) * one
 
 
 def test_full_mode_takes_the_memory_of_all_batches(peaks: dict[str, int]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import random as python_random
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvpop import BATCHES, EmpiricalRisk, HessianOperator, ReverseOverReverse
+from hvpop import BATCHES, SAMPLES, Average, EmpiricalRisk, HessianOperator, ReverseOverReverse
 from hvpop.strategies import LinearMap
 
 from .problems import error, mlp, random, regression, set_parameters, split
@@ -148,13 +150,11 @@ COUPLED: dict[str, tuple[Any, Any, Any]] = {
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{ADVICE}")
-@pytest.mark.parametrize("average", ["SAMPLES", "BATCHES"])
+@pytest.mark.parametrize("average", [SAMPLES, BATCHES], ids=repr)
 @pytest.mark.parametrize("name", COUPLED)
-def test_batches_whose_samples_see_each_other_stay_apart(name: str, average: str) -> None:
-    import hvpop
-
+def test_batches_whose_samples_see_each_other_stay_apart(name: str, average: Average) -> None:
     make, loss, data = COUPLED[name]
-    H = HessianOperator(make(), loss, data, average=getattr(hvpop, average))
+    H = HessianOperator(make(), loss, data, average=average)
     V = random(H.shape[1], 3)
     assert error(H.linearize() @ V, H @ V) < TIGHT
 
@@ -202,8 +202,6 @@ class Skipping(nn.Module):
 
     def __init__(self, source: str) -> None:
         super().__init__()
-        import numpy as np
-
         self.net, self.head = set_parameters(nn.Linear(4, 4).double()), mlp()
         self.source = source
         self.own = {
@@ -212,10 +210,6 @@ class Skipping(nn.Module):
         }.get(source)
 
     def forward(self, x: Tensor) -> Tensor:
-        import random as python_random
-
-        import numpy as np
-
         if self.source == "python":
             scale: Any = python_random.random()
         elif self.source == "numpy":

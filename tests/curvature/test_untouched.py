@@ -90,7 +90,7 @@ def test_an_exception_leaves_everything_as_it_was(where: str, mode: Any) -> None
 
         def forward(self, out: Tensor, y: Tensor) -> Tensor:
             Breaking.calls += 1
-            if where == "loss" or Breaking.calls == {"first": 1, "second": 2}[where]:
+            if where == "loss" or Breaking.calls >= {"first": 1, "second": 2}[where]:
                 raise KeyError("in the user's code")
             return super().forward(out, y)
 
@@ -258,8 +258,8 @@ def test_hooks_of_the_user_run_and_stay() -> None:
     before = seen_of_module(model[0])["hooks"]
     H = HessianOperator(model, nn.CrossEntropyLoss(), [(random(4, 4), classes(4))])
     H @ random(H.shape[1])
-    assert len(calls) == 1
-    assert type(calls[0]) is Tensor
+    assert len(calls) > 0
+    assert all(type(call) is Tensor for call in calls)
     assert seen_of_module(model[0])["hooks"] == before
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.curvature.problems import classes, dense_hessian, error, mlp, random, regression, split
+from tests.curvature.problems import (
+    classes,
+    dense_hessian,
+    error,
+    mlp,
+    random,
+    regression,
+    set_parameters,
+    split,
+)
 
 __all__ = [
     "EXACT",
@@ -21,6 +29,7 @@ __all__ = [
     "mlp",
     "random",
     "regression",
+    "set_parameters",
     "split",
     "truth",
     "vector",

@@ -8,12 +8,11 @@ import pickle
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from hvpop import HessianOperator
+from hvpop import HessianOperator, Identity
 from hvpop.solvers import cg
 
-from .problems import EXACT, dense_hessian, error, labelled, mlp, random, split, truth, vector
+from .problems import EXACT, dense_hessian, error, labelled, mlp, random, truth, vector
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -45,12 +44,8 @@ def test_dropout_has_one_mask_for_an_operator() -> None:
 def test_a_system_with_dropout_can_be_solved() -> None:
     model = noisy()
     H, b = HessianOperator(model, LOSS, [labelled()]), vector(model)
-    positive = H @ H + 0.1 * b.numel() ** 0.5 * (H @ H @ H @ H)
-    from hvpop import Identity
-
-    A = positive + 0.1 * Identity.like(H)
-    solution = cg(A, b, rtol=1e-8, maxiter=500)
-    assert error(A @ solution.x, b) < 1e-7
+    A = H @ H + 0.1 * Identity.like(H)
+    assert error(A @ cg(A, b, rtol=1e-9).x, b) < 1e-8
 
 
 def test_batch_statistics_are_those_of_train_mode_and_leave_the_running_ones() -> None:
@@ -72,9 +67,11 @@ def test_modes_and_gradients_stay_as_they_were() -> None:
     grad = first.grad
     H = HessianOperator(model, LOSS, data)
     v = vector(model)
-    assert (H @ v).grad_fn is None and (H.linearize() @ v).grad_fn is None
+    assert (H @ v).grad_fn is None
+    assert (H.linearize() @ v).grad_fn is None
     assert [m.training for m in model.modules()] == modes
-    assert first.grad is grad and torch.equal(grad, torch.ones_like(first))
+    assert first.grad is grad
+    assert torch.equal(grad, torch.ones_like(first))
     assert all(p.grad is None for p in rest)
 
 
@@ -93,17 +90,16 @@ def test_updated_running_statistics_are_noticed() -> None:
 
 def test_a_penalty_on_the_parameters_inside_the_loss_counts() -> None:
     model, (x, y) = mlp(), labelled()
-    v, held = vector(model), list(mlp().parameters())
+    v, held = vector(model), list(model.parameters())
 
     def penalized(z: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(z, t) + sum(p.square().sum() for p in model.parameters())
 
     expected = truth(model, x, y) @ v + 2 * v
     assert error(HessianOperator(model, penalized, [(x, y)]) @ v, expected) < EXACT
-    held[:] = model.parameters()  # by a list made before, as an optimizer has one
 
     def by_list(z: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(z, t) + sum(p.square().sum() for p in held)
+        return F.cross_entropy(z, t) + sum(p.square().sum() for p in held)  # made before the call
 
     assert error(HessianOperator(model, by_list, [(x, y)]) @ v, expected) < EXACT
 
@@ -159,4 +155,5 @@ def test_what_a_forward_hook_stores_is_an_ordinary_tensor() -> None:
     assert error(H @ v, truth(model, *data[0]) @ v) < EXACT
     kept = stored[0].detach()  # hooks do run
     assert pickle.loads(pickle.dumps(kept)).shape == (23, 5)
-    assert kept.numpy().shape == (23, 5) and kept.data_ptr()
+    assert kept.numpy().shape == (23, 5)
+    assert kept.data_ptr()

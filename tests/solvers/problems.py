@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -85,14 +83,13 @@ class Watched:
         )
 
 
-@cache
-def digits_hessian() -> Dense:
-    """The Hessian of a 64-32-10 network after 220 steps, written out, for it is used often.
+def digits_hessian() -> LinearOperator:
+    """The linearized Hessian of a 64-32-10 network on all digits, after 220 steps of training.
 
-    Its lowest eigenvalue is about -9e-4: a damping of 1e-3 is just enough. Every third digit.
+    Its lowest eigenvalue is about -9e-4: a damping of 1e-3 is just enough.
     """
     digits = load_digits()
-    X, y = torch.as_tensor(digits.data / 16)[::3], torch.as_tensor(digits.target)[::3]
+    X, y = torch.as_tensor(digits.data / 16), torch.as_tensor(digits.target)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).double()
@@ -101,8 +98,7 @@ def digits_hessian() -> Dense:
         optimizer.zero_grad()
         cross_entropy(model(X), y).backward()
         optimizer.step()
-    H = HessianOperator(model, nn.CrossEntropyLoss(), [(X, y)]).linearize().to_dense()
-    return Dense((H + H.T) / 2, symmetric=True)
+    return HessianOperator(model, nn.CrossEntropyLoss(), [(X, y)]).linearize()
 
 
 def tiny_hessian() -> LinearOperator:

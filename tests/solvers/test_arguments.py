@@ -47,13 +47,13 @@ def test_a_right_hand_side_of_another_length_is_refused(name: str) -> None:
 
 @EVERY
 def test_an_array_is_refused_with_what_takes_arrays(name: str) -> None:
-    with pytest.raises(TypeError, match="torch tensor, got ndarray; use torch.as_tensor"):
+    with pytest.raises(TypeError, match=r"torch tensor, got ndarray; use torch\.as_tensor"):
         SOLVERS[name](A, np.ones(6))
 
 
 @EVERY
 def test_another_dtype_is_refused(name: str) -> None:
-    with pytest.raises(TypeError, match="of dtype torch.float64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"of dtype torch\.float64, got torch\.float32"):
         SOLVERS[name](A, torch.ones(6))
 
 
@@ -65,7 +65,7 @@ def test_entries_that_are_not_finite_are_refused(name: str) -> None:
 
 @EVERY
 def test_what_is_no_operator_is_refused(name: str) -> None:
-    with pytest.raises(TypeError, match="expects an hvpop.LinearOperator, got ndarray; wrap"):
+    with pytest.raises(TypeError, match=r"expects an hvpop\.LinearOperator, got ndarray; wrap"):
         SOLVERS[name](np.eye(6), b)
 
 
@@ -90,9 +90,9 @@ def test_a_preconditioner_that_does_not_fit_is_refused(name: str) -> None:
         solve(A, b, preconditioner=Identity(5))
     with pytest.raises(ValueError, match="preconditioner expects a symmetric operator"):
         solve(A, b, preconditioner=Dense(normal(6, 6)))
-    with pytest.raises(TypeError, match="preconditioner of dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"preconditioner of dtype torch\.float64"):
         solve(A, b, preconditioner=Identity(6, dtype=torch.float32))
-    with pytest.raises(TypeError, match="preconditioner as an hvpop.LinearOperator, got Tensor"):
+    with pytest.raises(TypeError, match=r"preconditioner as an hvpop\.LinearOperator, got Tensor"):
         solve(A, b, preconditioner=torch.eye(6, dtype=F64))
 
 

@@ -77,6 +77,8 @@ def undo_writes(graph_module: fx.GraphModule) -> bool:
         plain = _plain_form(node.target)
         if plain is None or not (_reshaping(node, order) or _expendable(node, order)):
             return False
+        if not _unpromoted(node, plain):
+            return False
         node.target = plain
     graph_module.recompile()
     return True
@@ -110,7 +112,7 @@ def _expendable(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     operand, *others = args_of(node)
     if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not owned(operand):
         return False
-    if any(other is operand or _promotes(operand, other) for other in others):
+    if operand in others:
         return False
     readers = [user for user in operand.users if user is not node]
     return all(order[user] < order[node] and _fresh(user) for user in readers)
@@ -129,10 +131,11 @@ def _plain_form(target: OpOverload) -> OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def _promotes(operand: fx.Node, other: Any) -> bool:
-    """Whether a plain operation might have another dtype than one that writes into the operand."""
-    val = other.meta["val"] if isinstance(other, fx.Node) else None
-    return isinstance(val, torch.Tensor) and val.ndim > 0 and val.dtype != operand.meta["val"].dtype
+def _unpromoted(node: fx.Node, plain: OpOverload) -> bool:
+    """Whether the plain operation gives the dtype of the operand that this one writes into."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+    with node.meta["val"].fake_mode:
+        return bool(plain(*args, **kwargs).dtype == node.meta["val"].dtype)
 
 
 def _like(node: fx.Node) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ def weight_gradient(w: Writer, x: fx.Node) -> fx.Node | None:
         return None
     shape = [*shape_of(x)[1::-1], *shape_of(x)[2:]]
     return _gradient(
-        w, grad, batch, shape, stride, padding, dilation, False, output_padding, groups
+        w, grad, batch, shape, stride, padding, dilation, False, [0] * len(stride), groups
     )
 
 

@@ -117,7 +117,9 @@ class Writer:
         if isinstance(small, Scalar):
             scale, factor = self._split_number(large)
             return scale * small, factor
-        if factor.target is not aten.mul.Tensor:
+        if factor.target is not aten.mul.Tensor or not all(
+            isinstance(part, fx.Node) for part in factor.args
+        ):
             return 1, factor
         (s, a), (t, b) = map(self._split_number, args_of(factor))
         for one, other in ((a, b), (b, a)):
@@ -234,7 +236,9 @@ def divided(factor: fx.Node) -> tuple[fx.Node, fx.Node | Scalar | None]:
         return (large, 1 / small) if isinstance(small, Scalar) else (factor, None)
     if factor.target in (aten.mul.Tensor, aten.mul.Scalar):
         for large, small in (args_of(factor), args_of(factor)[::-1]):
-            if isinstance(small, Scalar) or size_of(small) < size_of(factor) == size_of(large):
+            if isinstance(small, Scalar):
+                return large, small
+            if isinstance(small, fx.Node) and size_of(small) < size_of(factor) == size_of(large):
                 return large, small
     return factor, None
 

@@ -1,0 +1,123 @@
+"""Small batches of a live operator run as one, once that has been proven right."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..risk import EmpiricalRisk, Term
+from ..risk.batches import tensors_in
+from ..risk.merging import concatenated
+from ..strategies import FiniteDifference, HVPStrategy, Params
+from .memory import graph_bytes
+from .space import WeightedSum, multiplier
+
+LIVE_BYTES = 4 * 2**20
+"""Batches of a live product are run as one until their graph is this large. Bookkeeping is most of
+the cost below it (8 batches of a 64-32-10 network as one: 0.4 of the time), and a live product
+promises the memory of one batch."""
+
+
+class LiveJoin:
+    """Concatenates small batches of models made of ordinary layers.
+
+    Of those only, since they cannot change their ways between products; that samples run along the
+    first dimension is proven at the first product, by comparison with batches run one by one.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, strategy: HVPStrategy) -> None:
+        self._risk, self._strategy = risk, strategy
+        self._bytes_per_entry: float | None = None  # of data, in a batch's graph; None: not proven
+        self._possible = (
+            risk.mode == "batch"
+            and risk.average.weight is None
+            and not isinstance(strategy, FiniteDifference)
+        )
+
+    def terms(self, point: Params, state: Params) -> Generator[Term, None, None]:
+        """One pass over the data, small batches put together."""
+        with closing(self._risk.terms()) as terms:
+            if not self._possible or not self._risk.plain:
+                yield from terms
+                return
+            first = list(islice(terms, 2))
+            if len(first) == 2 and self._bytes_per_entry is None:
+                self._bytes_per_entry = self._proven(first, point, state)
+                self._possible = self._bytes_per_entry is not None
+            group: list[Term] = []
+            filled = 0.0
+            while term := first.pop(0) if first else next(terms, None):
+                size = (self._bytes_per_entry or 0.0) * _entries(term)
+                if group and (not self._possible or filled + size > LIVE_BYTES):
+                    yield _as_one(group)
+                    group, filled = [], 0.0
+                group.append(term)
+                filled += size
+            if group:
+                yield _as_one(group)
+
+    def _proven(self, pair: list[Term], point: Params, state: Params) -> float | None:
+        """The size of a graph per entry of data, if two batches can be run as one; None if not."""
+        joined = concatenated(pair)
+        size = graph_bytes(
+            lambda: self._strategy.plain.linearize(pair[0].function, point, state, *pair[0].data),
+            [],
+        )
+        if joined is None or 2 * size > LIVE_BYTES:
+            return None
+        probe = random_direction(point, self._risk.seed)
+        truth = self._product(pair, point, state, probe)
+        try:
+            right = agree(self._product([joined], point, state, probe), truth)
+        except Exception:  # batches that do not fit together
+            return None
+        return size / max(_entries(pair[0]), 1) if right else None
+
+    def _product(
+        self, terms: list[Term], point: Params, state: Params, probe: Params
+    ) -> list[Tensor]:
+        multiply = multiplier(probe)
+        total = WeightedSum(normalized=True)
+        for term in terms:
+            total.add(
+                multiply(self._strategy.linearize(term.function, point, state, *term.data)),
+                term.weight,
+            )
+        return total.result()
+
+
+def random_direction(point: Params, seed: int) -> Params:
+    """One column ``(1, *shape)`` for each parameter, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(1, *p.shape, generator=generator, device="cpu").to(p)
+        for name, p in point.items()
+    }
+
+
+def agree(products: list[Tensor], truth: list[Tensor], tolerance: float | None = None) -> bool:
+    """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
+    if tolerance is None:
+        tolerance = 1000 * torch.finfo(truth[0].dtype).eps
+    error = sum(
+        float((y - t).double().square().sum()) for y, t in zip(products, truth, strict=True)
+    )
+    scale = sum(float(t.double().square().sum()) for t in truth)
+    return bool(error**0.5 <= tolerance * scale**0.5)
+
+
+def _as_one(group: list[Term]) -> Term:
+    if len(group) == 1:
+        return group.pop()  # held no longer than it is in use
+    joined = concatenated(group)
+    if joined is None:
+        raise RuntimeError("batches that fitted together do so no longer; build a new operator")
+    return joined
+
+
+def _entries(term: Term) -> int:
+    return sum(t.numel() for t in tensors_in(term.data[0]))
