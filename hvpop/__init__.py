@@ -29,8 +29,8 @@ __all__ = [
     "SAMPLES",
     "TOTAL",
     "Average",
-    "Compiled",
     "BlockDiagonal",
+    "Compiled",
     "Damped",
     "Dense",
     "Diagonal",
@@ -44,7 +44,7 @@ __all__ = [
     "Layout",
     "LinearOperator",
     "LowRank",
-    "ReverseOverReverse",
     "Restriction",
+    "ReverseOverReverse",
     "block_diagonal",
 ]
