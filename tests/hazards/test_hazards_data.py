@@ -13,14 +13,19 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from hvpop import BATCHES, TOTAL, Average, EmpiricalRisk, HessianOperator
 from hvpop.risk import hugging_face
 
-from .problems import EXACT, classes, error, labelled, mlp, random, split, truth, vector
+from .problems import EXACT, Apply, classes, error, labelled, mlp, random, split, truth, vector
 
 SIZES = (10, 10, 3)
 LOSS = nn.CrossEntropyLoss()
 
 
-def test_an_uneven_last_batch_counts_by_its_samples() -> None:
-    model, (x, y) = mlp(), labelled()
+ONE_BY_ONE = nn.Sequential(mlp(), Apply(torch.clone))
+"""A network of which no batches are run together, as they are of ordinary layers."""
+
+
+@pytest.mark.parametrize("model", [mlp(), ONE_BY_ONE], ids=["joined", "one_by_one"])
+def test_an_uneven_last_batch_counts_by_its_samples(model: nn.Module) -> None:
+    x, y = labelled()
     v, batches = vector(model), split((x, y), SIZES)
     expected = truth(model, x, y) @ v
     assert error(HessianOperator(model, LOSS, batches) @ v, expected) < EXACT
@@ -29,7 +34,7 @@ def test_an_uneven_last_batch_counts_by_its_samples() -> None:
 
 
 def test_a_loss_that_sums_is_summed_over_the_batches() -> None:
-    model, (x, y) = mlp(), labelled()
+    model, (x, y) = ONE_BY_ONE, labelled()
     v, batches = vector(model), split((x, y), SIZES)
     summed = nn.CrossEntropyLoss(reduction="sum")
     Hv = HessianOperator(model, summed, batches, average=TOTAL) @ v
@@ -99,7 +104,7 @@ def test_a_language_model_counts_by_its_label_tokens() -> None:
 
 
 def test_shuffling_changes_nothing() -> None:
-    model, (x, y) = mlp(), labelled()
+    model, (x, y) = ONE_BY_ONE, labelled()
     v = vector(model)
     H = HessianOperator(model, LOSS, DataLoader(TensorDataset(x, y), 10, shuffle=True))
     expected = truth(model, x, y) @ v

@@ -75,13 +75,13 @@ def test_autocast_around_a_product_does_not_blunt_it() -> None:
 
 
 def test_half_precision_is_warned_about_and_summed_in_single() -> None:
-    model, (x, y) = set_parameters(nn.Linear(4, 3).bfloat16()), labelled()
-    batch = (x.bfloat16(), y)
+    layer, (x, y) = set_parameters(nn.Linear(4, 3).bfloat16()), labelled()
+    model, batch = nn.Sequential(layer, Apply(torch.clone)), (x.bfloat16(), y)
     with pytest.warns(UserWarning, match="accurate to two or three digits"):
         H = HessianOperator(model, LOSS, [batch] * 600)
     v = vector(model).bfloat16()
     exact = nn.Linear(4, 3, dtype=torch.float64)
-    exact.load_state_dict(model.state_dict())
+    exact.load_state_dict(layer.state_dict())
     expected = truth(exact, batch[0].double(), y) @ v.double()
     assert error(H @ v.float(), expected) < 0.01
     one, stuck = truth(model, *batch) @ v, torch.zeros_like(v)

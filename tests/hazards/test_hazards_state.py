@@ -95,13 +95,14 @@ def test_a_penalty_on_the_parameters_inside_the_loss_counts() -> None:
     def penalized(z: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(z, t) + sum(p.square().sum() for p in model.parameters())
 
-    expected = truth(model, x, y) @ v + 2 * v
-    assert error(HessianOperator(model, penalized, [(x, y)]) @ v, expected) < EXACT
-
     def by_list(z: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(z, t) + sum(p.square().sum() for p in held)  # made before the call
 
-    assert error(HessianOperator(model, by_list, [(x, y)]) @ v, expected) < EXACT
+    expected = truth(model, x, y) @ v + 2 * v
+    for loss in (penalized, by_list):
+        H = HessianOperator(model, loss, [(x, y)])
+        assert error(H @ v, expected) < EXACT
+        assert error(H.linearize() @ v, expected) < EXACT
 
 
 class Tempered(nn.Module):
