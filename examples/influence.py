@@ -203,17 +203,16 @@ def draw(
     table: list[LeftOut],
     path: Path,
 ) -> None:
-    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
+    figure = plt.figure(figsize=(12, 4.2), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(2.0, 6, 3.6))
     axes = left.subplots()
     show(axes, test[0][0])
     axes.set_title(f"a {int(test[1])} of the test set,\nread as a {read}")
     half = len(table) // 2
     rows = middle.subfigures(2, 1)
-    harmful = "Hurt most: without one of them its loss would change by (predicted / actual)"
-    helpful = "Helped most: without one of them its loss would change by (predicted / actual)"
-    show_row(rows[0], harmful, train, table[:half])
-    show_row(rows[1], helpful, train, table[half:])
+    below = "below: change of its loss without each, predicted / actual"
+    show_row(rows[0], f"Training digits that hurt most; {below}", train, table[:half])
+    show_row(rows[1], f"Training digits that helped most; {below}", train, table[half:])
     draw_agreement(right.subplots(), predicted, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -251,7 +250,7 @@ def draw_agreement(axes: Axes, predicted: Tensor, table: list[LeftOut]) -> None:
         fontsize=9, transform=axes.transAxes,
     )  # fmt: skip
     axes.set(xlabel="predicted", ylabel="after training again")
-    axes.set_title("Change of the loss without one image", fontsize=10)
+    axes.set_title("Change of its loss without one image", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
