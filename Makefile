@@ -15,7 +15,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/bench
+bench: .venv/peers
 	$(BIN)/python tests/benchmarks/run.py
 
 docs: .venv/dev
@@ -28,4 +28,12 @@ clean:
 .venv/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(*F)]'
+	touch $@
+
+# No extra can say --no-deps, without which the peers would replace torch.
+.venv/peers: .venv/bench tests/benchmarks/requirements.txt tests/benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r tests/benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r tests/benchmarks/peers.txt
 	touch $@

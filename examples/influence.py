@@ -210,9 +210,9 @@ def draw(
     axes.set_title(f"a {int(test[1])} of the test set,\nread as a {read}")
     half = len(table) // 2
     rows = middle.subfigures(2, 1)
-    below = "below: change of its loss without each, predicted / actual"
-    show_row(rows[0], f"Training digits that hurt most; {below}", train, table[:half])
-    show_row(rows[1], f"Training digits that helped most; {below}", train, table[half:])
+    below = "Below each: change of its loss without it, predicted / actual"
+    show_row(rows[0], f"Hurt most. {below}", train, table[:half])
+    show_row(rows[1], f"Helped most. {below}", train, table[half:])
     draw_agreement(right.subplots(), predicted, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -228,7 +228,7 @@ def show_row(figure: SubFigure, title: str, train: Labelled, table: list[LeftOut
 
 
 def show(axes: Axes, image: Tensor) -> None:
-    axes.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
 
 
@@ -242,7 +242,7 @@ def draw_agreement(axes: Axes, predicted: Tensor, table: list[LeftOut]) -> None:
     axes.axvline(0, color="0.9", lw=0.8, zorder=0)
     axes.plot(x, y, "o", color="#1f5f99")
     axes.plot(
-        predicted, [0.02] * len(predicted), "|", color="#d1632a", ms=8, alpha=0.3,
+        predicted.tolist(), [0.02] * len(predicted), "|", color="#d1632a", ms=8, alpha=0.3,
         transform=axes.get_xaxis_transform(),
     )  # fmt: skip
     axes.text(

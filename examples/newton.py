@@ -86,7 +86,7 @@ def newton_cg(objective: Objective, most: int = 100) -> Run:
 
 
 def l_bfgs(objective: Objective, most: int = 5000) -> Run:
-    """torch's own, with its line search for the strong Wolfe conditions."""
+    """By torch, with its line search for the strong Wolfe conditions."""
     parameters = list(objective.model.parameters())
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=most, max_eval=2 * most, history_size=20,
@@ -97,7 +97,9 @@ def l_bfgs(objective: Objective, most: int = 5000) -> Run:
 
         def closure() -> float:
             loss, g = objective.value_and_gradient()
-            for p, entries in zip(parameters, g.split([p.numel() for p in parameters]), strict=True):
+            for p, entries in zip(
+                parameters, g.split([p.numel() for p in parameters]), strict=True
+            ):
                 p.grad = entries.view_as(p)
             bar.set_postfix_str(f"loss {loss:.10f}, slope {g.abs().max():.1e}", refresh=False)
             bar.update()

@@ -67,6 +67,53 @@ def test_the_deflated_hessian_has_the_next_eigenvalues(capsys: pytest.CaptureFix
     assert "symmetric: True" in capsys.readouterr().out
 
 
+def test_influence_predicts_what_leaving_an_image_out_does(
+    somewhere_else: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = 3
+    table = load("influence").main(few)
+    shown = capsys.readouterr()
+    assert len(table) == 2 * few
+    assert all(row.predicted < 0 and row.actual < 0 for row in table[:few])
+    assert all(row.predicted > 0 and row.actual > 0 for row in table[few:])
+    assert "correlation" in shown.out
+    assert "retraining without one" in shown.err  # the progress bar
+    picture = somewhere_else / "output" / "influence.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_influence_example_fails_aloud_if_a_prediction_is_wrong() -> None:
+    example = load("influence")
+    wrong = [example.LeftOut(0, 1, 0.1, -0.1), example.LeftOut(1, 1, -0.2, 0.1)]
+    with pytest.raises(SystemExit, match="a prediction has the wrong sign"):
+        example.check(wrong, slope=0.0, residual=0.0)
+
+
+def test_the_sharpness_rises_to_what_the_step_bears(
+    somewhere_else: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load("sharpness")
+    course = example.main(steps=1500, every=25)
+    shown = capsys.readouterr()
+    assert course.sharpness[0] < 0.5 * 2 / example.STEP
+    assert abs(course.sharpness[-1] * example.STEP / 2 - 1) < 0.1
+    assert course.warm < 0.7 * course.cold
+    assert all(estimate.status == "converged" for estimate in course.traces)
+    assert "FAILED" not in shown.out
+    picture = somewhere_else / "output" / "sharpness.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_newton_reaches_the_minimum_of_l_bfgs_with_less_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    newton, lbfgs = load("newton").main(images=700)
+    assert newton.loss == pytest.approx(lbfgs.loss, abs=1e-7)
+    assert newton.gradients + newton.products < lbfgs.gradients
+    assert newton.steps < lbfgs.steps / 10
+    assert "Newton-CG" in capsys.readouterr().out
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     missing = [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in source]

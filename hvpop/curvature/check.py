@@ -158,7 +158,7 @@ def _judge(examination: Examination, gap: float, uncertainty: float, others: lis
             "note",
             what,
             f"differ by {gap:.1e}, but by {uncertainty:.1e} among themselves, so they tell nothing: "
-            "there are kinks near the point (relu, max, abs), or too few digits; try model.double()",
+            "there are kinks near the point (relu, max, abs), or parts of the model keep few digits",
         )
     elif others:
         found = f"differ by {gap:.1e}, and agree with {others[0]}: use that"

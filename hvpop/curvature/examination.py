@@ -82,10 +82,10 @@ class Examination:
 
     @property
     def rounding(self) -> float:
-        """Relative, for what differs by rounding alone."""
+        """Relative, for what differs by rounding alone, be it that of float32 in a float64 model."""
         if isinstance(getattr(self.strategy, "current", self.strategy), FiniteDifference):
             return self.tolerance
-        return min(1e4 * self._eps, 5e-2)
+        return min(max(1e4 * self._eps, 1e-6), 5e-2)
 
     @property
     def _eps(self) -> float:

@@ -157,7 +157,7 @@ class HessianOperator(LinearOperator):
 
         Looks at determinism, symmetry, agreement with finite differences of ``backward()``
         gradients, agreement of the strategies, parameters without gradient, and layers known to be
-        difficult. Raises nothing; costs about ten products on those batches.
+        difficult. Raises nothing; costs some forty gradients on those batches.
 
         Examples
         --------

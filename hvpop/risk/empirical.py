@@ -21,7 +21,7 @@ from .plain import is_plain
 from .policies import TwiceDifferentiable
 from .randomness import Seeded, SeededThroughout, seed_tensor, torch_states
 from .rewrites import Rewrites
-from .strays import Substitution, reaches_past
+from .strays import Substitution, leaves_of, reaches_past
 
 Mode = Literal["batch", "full"]
 
@@ -313,7 +313,16 @@ class EmpiricalRisk:
             contexts.enter_context(self._randomness(seed))
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
-            scalar(self.batch_loss(self.model, batch)).backward()
+            loss = scalar(self.batch_loss(self.model, batch))
+            others = [t for t in leaves_of(loss) if not any(t is leaf for leaf in leaves.values())]
+            kept = [(t, t.grad) for t in others]  # what a loss closes over gets gradients, too
+            try:
+                for t in others:
+                    t.grad = None
+                loss.backward()
+            finally:
+                for t, grad in kept:
+                    t.grad = grad
         return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
 
     def batchwise(self) -> EmpiricalRisk:

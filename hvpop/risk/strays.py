@@ -13,18 +13,25 @@ from torch.utils import _pytree as pytree
 def reaches_past(loss: Tensor, live: Mapping[str, Tensor]) -> bool:
     """Whether the graph of a loss ends in live parameters, instead of those put in their places."""
     own = {id(parameter) for parameter in live.values()}
+    return any(id(leaf) in own for leaf in leaves_of(loss))
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors in which the graph of a loss ends."""
+    found: list[Tensor] = []
     stack: list[Any] = [loss.grad_fn]
     seen = set(stack)
     while stack:
         node = stack.pop()
         if node is None:
             continue
-        if id(getattr(node, "variable", None)) in own:
-            return True
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
         new = {parent for parent, _ in node.next_functions} - seen
         seen |= new
         stack += new
-    return False
+    return found
 
 
 class Substitution(TorchFunctionMode):

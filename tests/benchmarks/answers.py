@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,9 +88,9 @@ def eigenvalues(workload: Workload, plan: Plan) -> list[Row]:
         return float((found - truth).abs().max() / truth.max())
 
     answers: dict[Entrant, Answer] = {
-        _ours("hvpop.spectrum.eigsh"): lambda w: lambda: spectrum.eigsh(
-            _operator(w), K, rtol=EIGEN_TOLERANCE
-        ).eigenvalues
+        _ours("hvpop.spectrum.eigsh"): lambda w: (
+            lambda: spectrum.eigsh(_operator(w), K, rtol=EIGEN_TOLERANCE).eigenvalues
+        )
     }
     for peer in peers.PEERS:
         if peer.build is peers.eigenthings:
@@ -120,75 +121,70 @@ def _pyhessian_eigenvalues(workload: Workload) -> list[float]:
 
 # -- the trace to two per cent ---------------------------------------------------------------------
 
-TRACE_TOLERANCE, SEEDS = 0.02, 5
+TRACE_TOLERANCE, SEEDS = 0.02, 8
 
 
 def trace(workload: Workload, plan: Plan) -> list[Row]:
     """As many products as hold the error to 2 % in 95 % of runs.
 
     hvpop finds out by itself; for the others it is found out here and given to them, which is the
-    best that their users could do. The error shown is the root mean square over seeds.
+    best that their users could do.
     """
     H = dense(workload).H
     true = float(H.trace())
 
-    def error(estimate: Callable[[int], Any]) -> float:
-        errors = [float(torch.as_tensor(estimate(s))) / true - 1 for s in range(SEEDS)]
-        return math.sqrt(sum(e * e for e in errors) / SEEDS)
+    def error(found: Any) -> float:
+        return abs(float(found) / true - 1)
+
+    def typical(estimate: Callable[[int], Any]) -> float:
+        return math.sqrt(sum(error(estimate(seed)) ** 2 for seed in range(SEEDS)) / SEEDS)
 
     answers: dict[Entrant, Callable[[Workload], Callable[[int], Any]]] = {
-        _ours("hvpop.spectrum.trace"): lambda w: lambda seed: spectrum.trace(
-            _operator(w), rtol=TRACE_TOLERANCE, seed=seed
-        ).value,
+        _ours("hvpop.spectrum.trace"): lambda w: (
+            lambda seed: spectrum.trace(_operator(w), rtol=TRACE_TOLERANCE, seed=seed).value
+        ),
     }
     for peer in peers.PEERS:
         if peer.build is peers.curvlinops:
-            answers[peer] = lambda w: _curvlinops_trace(w, H, error)
+            answers[peer] = lambda w: _curvlinops_trace(w, H, typical)
         elif peer.build is peers.eigenthings:
-            answers[peer] = lambda w: _eigenthings_trace(w, H, error)
+            answers[peer] = lambda w: _eigenthings_trace(w, H, typical)
         elif peer.build is peers.pyhessian:
             answers[peer] = lambda w: partial(_pyhessian_trace, w)
         elif peer.keeps:
             answers[peer] = lambda w, peer=peer: _hutchinson_trace(peer, w, H)
-    attempts = []
-    for entrant, answer in answers.items():
-        # What is asked again is the estimate of one seed; what is judged, those of several.
-        attempts.append(
-            attempted(
-                entrant,
-                lambda answer=answer: _Seeds(answer(workload)),
-                lambda estimates: error(estimates.one),
-                TRACE_TOLERANCE / 1.96 * 1.6,  # a root mean square of 5 is itself uncertain
-            )
-        )
     question = f"trace to {TRACE_TOLERANCE:.0%}"
-    return timed(workload.name, question, attempts, plan, peers.gradient(workload))
+    return _asked(
+        workload,
+        plan,
+        question,
+        {entrant: _reseeded(answer) for entrant, answer in answers.items()},
+        error,
+        1.5 * TRACE_TOLERANCE,  # one run in twenty may miss it, and none by far
+    )
 
 
-class _Seeds:
-    """An estimate with another seed each time."""
+def _reseeded(answer: Callable[[Workload], Callable[[int], Any]]) -> Answer:
+    """Another seed for every estimate."""
 
-    def __init__(self, one: Callable[[int], Any]) -> None:
-        self.one = one
-        self._seed = 0
+    def prepare(workload: Workload) -> Callable[[], Any]:
+        estimate, seeds = answer(workload), itertools.count()
+        return lambda: estimate(next(seeds))
 
-    def __call__(self) -> _Seeds:
-        self._seed += 1
-        self.one(self._seed)
-        return self
+    return prepare
 
 
 def _enough(
-    estimate: Callable[[int, int], Any], error: Callable[[Callable[[int], Any]], float]
+    estimate: Callable[[int, int], Any], typical: Callable[[Callable[[int], Any]], float]
 ) -> int:
     """The fewest products, in steps of a third, that reach the accuracy on the dense matrix."""
     products = 12
-    while products < 3000 and error(partial(estimate, products)) > TRACE_TOLERANCE / 1.96:
+    while products < 3000 and typical(partial(estimate, products)) > TRACE_TOLERANCE / 1.96:
         products = 3 * round(products * 4 / 9)
     return products
 
 
-def _curvlinops_trace(workload: Workload, H: Tensor, error: Any) -> Callable[[int], Any]:
+def _curvlinops_trace(workload: Workload, H: Tensor, typical: Any) -> Callable[[int], Any]:
     xtrace = peers.imported("curvlinops").xtrace
 
     def estimate(A: Any, products: int, seed: int) -> Any:
@@ -196,11 +192,11 @@ def _curvlinops_trace(workload: Workload, H: Tensor, error: Any) -> Callable[[in
         return xtrace(A, products)
 
     matrix = H.float()
-    products = _enough(lambda m, seed: estimate(matrix, 2 * (m // 2), seed), error)
+    products = _enough(lambda m, seed: estimate(matrix, 2 * (m // 2), seed), typical)
     return lambda seed: estimate(peers.curvlinops(workload).own, 2 * (products // 2), seed)
 
 
-def _eigenthings_trace(workload: Workload, H: Tensor, error: Any) -> Callable[[int], Any]:
+def _eigenthings_trace(workload: Workload, H: Tensor, typical: Any) -> Callable[[int], Any]:
     library = peers.imported("hessian_eigenthings")
     matrix = H.float()
     stand_in = library.LambdaOperator(lambda v: matrix @ v, size=len(H), dtype=torch.float32)
@@ -208,7 +204,7 @@ def _eigenthings_trace(workload: Workload, H: Tensor, error: Any) -> Callable[[i
     def estimate(A: Any, products: int, seed: int) -> Any:
         return library.trace(A, num_matvecs=products, method="hutch++", seed=seed).estimate
 
-    products = _enough(partial(estimate, stand_in), error)
+    products = _enough(partial(estimate, stand_in), typical)
     return lambda seed: estimate(peers.eigenthings(workload).own, products, seed)
 
 

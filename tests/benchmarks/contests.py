@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -128,11 +128,16 @@ def timed(
         bound = None
         if limits is not None:
             bound = limits.kept if a.entrant.keeps else limits.live
+        row = Row(workload, question, a.entrant.name, a.entrant.ours, a.entrant.keeps, a.status)
         rows.append(
-            Row(
-                workload, question, a.entrant.name, a.entrant.ours, a.entrant.keeps, a.status,
-                a.error, a.setup, seconds, samples.get("unit"), bound,
-            )  # fmt: skip
+            replace(
+                row,
+                error=a.error,
+                setup=a.setup,
+                seconds=seconds,
+                unit=samples.get("unit"),
+                limit=bound,
+            )
         )
     return rows
 
@@ -153,7 +158,9 @@ def sixteen_columns(workload: Workload, plan: Plan) -> list[Row]:
     """The cost of one column of sixteen."""
     V = workload.vectors(COLUMNS)
     truth = true_product(workload, V)
-    attempts = [_multiplying(e, workload, V, truth, "columns") for e in (*_kept(plan), *peers.PEERS)]
+    attempts = [
+        _multiplying(e, workload, V, truth, "columns") for e in (*_kept(plan), *peers.PEERS)
+    ]
     unit, question = peers.gradient(workload), f"a column of {COLUMNS}"
     return timed(workload.name, question, attempts, plan, unit, COLUMNS, limit(workload))
 
@@ -198,16 +205,14 @@ EIGENVALUES = 10
 def end_to_end(workload: Workload, plan: Plan) -> list[Row]:
     """Operator, whatever it prepares, and the ten largest eigenvalues by SciPy, all timed."""
     truth = largest_eigenvalues(workload, EIGENVALUES)
-    attempts = []
-    for entrant in (*_kept(plan)[:2], *peers.PEERS):
-        attempts.append(
-            attempted(
-                entrant,
-                lambda entrant=entrant: partial(_eigenvalues, entrant, workload),
-                lambda found: float(np.abs(np.sort(found) - truth).max() / truth.max()),
-                ROUNDING,
-            )
-        )
+
+    def error(found: np.ndarray) -> float:
+        return float(np.abs(np.sort(found) - truth).max() / truth.max())
+
+    attempts = [
+        attempted(e, lambda e=e: partial(_eigenvalues, e, workload), error, ROUNDING)
+        for e in (*ours.KEPT, *peers.PEERS)
+    ]
     unit = peers.gradient(workload)
     question = f"{EIGENVALUES} eigenvalues by SciPy, end to end"
     return timed(workload.name, question, attempts, plan, unit)

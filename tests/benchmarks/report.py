@@ -91,9 +91,7 @@ def targets(rows: Sequence[Row]) -> str:
             ]
             peers = [r for r in asked if target.keeping or not r.keeps]
             peer = fastest(peers, ours=False)
-            mine = fastest(
-                [r for r in asked if target.entrant in ("best", r.entrant)], ours=True
-            )
+            mine = fastest([r for r in asked if target.entrant in ("best", r.entrant)], ours=True)
             if mine is None or peer is None:
                 continue
             ratio = mine.seconds.in_units_of(peer.seconds)

@@ -11,7 +11,6 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import argparse
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="rounds (15; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="few rounds, no compiler")
     parser.add_argument("--no-compiler", action="store_true", help="leave TorchInductor out")
-    parser.add_argument("--no-scaling", dest="scaling", action="store_false", help="no scaling plot")
+    parser.add_argument(
+        "--no-scaling", dest="scaling", action="store_false", help="no scaling plot"
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="time of this thread, not of the clock on the wall"
     )

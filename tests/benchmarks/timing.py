@@ -13,6 +13,11 @@ Clock = Callable[[], float]
 SHORTEST = 5e-3
 """Seconds that one sample lasts at least: shorter calls are repeated within it."""
 
+SLOW = 1.5
+"""Calls that take more seconds than this are timed in `FEW` rounds only, the first ones."""
+
+FEW = 3
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -30,9 +35,7 @@ class Samples:
 
     def in_units_of(self, other: Samples) -> float:
         """The median over rounds of the ratio: what slows a whole round down cancels."""
-        return statistics.median(
-            a / b for a, b in zip(self.seconds, other.seconds, strict=True)
-        )
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=False))
 
 
 def interleaved(
@@ -44,11 +47,11 @@ def interleaved(
 ) -> dict[str, Samples]:
     """Time calls in rounds A B C, B C A, ...: all meet the same disturbances, none one predecessor.
 
-    Every call is warmed up first. Garbage is collected between rounds, not within.
+    Every call is warmed up first; slow ones sit most rounds out. Garbage is collected between rounds, not within.
     """
-    inner = {name: _repetitions(call, clock, shortest) for name, call in calls.items()}
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    once = {name: _once(call, clock) for name, call in calls.items()}
+    inner = {name: max(1, min(1000, round(shortest / t))) for name, t in once.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()  # what exists by now is not looked at again
@@ -56,6 +59,7 @@ def interleaved(
     try:
         for r in range(repeats):
             gc.collect()
+            names = [name for name in calls if r < FEW or once[name] < SLOW]
             shift = r % len(names)
             for name in names[shift:] + names[:shift]:
                 call, n = calls[name], inner[name]
@@ -70,9 +74,8 @@ def interleaved(
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
-def _repetitions(call: Callable[[], object], clock: Clock, shortest: float) -> int:
+def _once(call: Callable[[], object], clock: Clock) -> float:
     call()
     start = clock()
     call()
-    once = clock() - start
-    return max(1, min(1000, round(shortest / max(once, 1e-6))))
+    return max(clock() - start, 1e-6)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,9 @@ def cnn(batches: int = 2) -> Workload:
             nn.Linear(64, 10),
         )
     data = _classified(batches, 32, (3, 32, 32), 10)
-    return Workload("cnn", f"residual GroupNorm, {batches} x 32", model, nn.CrossEntropyLoss(), data)
+    return Workload(
+        "cnn", f"residual GroupNorm, {batches} x 32", model, nn.CrossEntropyLoss(), data
+    )
 
 
 def gpt(batches: int = 2) -> Workload:
@@ -81,7 +84,9 @@ def gpt(batches: int = 2) -> Workload:
     for _ in range(batches):
         text = torch.randint(512, (8, 65), generator=generator)
         data.append((text[:, :-1].contiguous(), text[:, 1:].contiguous()))
-    return Workload("gpt", f"3 x 128 decoder, {batches} x 8 x 64", model, nn.CrossEntropyLoss(), data)
+    return Workload(
+        "gpt", f"3 x 128 decoder, {batches} x 8 x 64", model, nn.CrossEntropyLoss(), data
+    )
 
 
 def digits() -> Workload:
@@ -134,9 +139,7 @@ def true_product(workload: Workload, V: Tensor) -> Tensor:
     total = torch.zeros_like(columns)
     samples = 0
     for x, y in data:
-        gradient = torch.autograd.grad(
-            workload.loss(model(x), y), parameters, create_graph=True
-        )
+        gradient = torch.autograd.grad(workload.loss(model(x), y), parameters, create_graph=True)
         for j, v in enumerate(columns):
             product = torch.autograd.grad(
                 gradient, parameters, _shaped_like(parameters, v), retain_graph=True
@@ -160,9 +163,7 @@ def limit(workload: Workload) -> Limit:
     parameters = list(model.parameters())
     x, y = next(iter(workload.data))
     with FlopCounterMode(display=False) as gradient_flops:
-        gradient = torch.autograd.grad(
-            workload.loss(model(x), y), parameters, create_graph=True
-        )
+        gradient = torch.autograd.grad(workload.loss(model(x), y), parameters, create_graph=True)
     with FlopCounterMode(display=False) as product_flops:
         torch.autograd.grad(gradient, parameters, [torch.ones_like(p) for p in parameters])
     ratio = product_flops.get_total_flops() / gradient_flops.get_total_flops()
@@ -258,7 +259,7 @@ class Layer(nn.Module):
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     with _seeded():
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

@@ -71,6 +71,7 @@ HEALTHY: dict[str, Callable[[], HessianOperator]] = {
     "weight norm": lambda: operator(weight_normed()),
     "checkpoint": lambda: operator(Reentrant()),
     "scripted": lambda: operator(scripted()),
+    "float32 inside": lambda: operator(around(lambda h: h.float().softmax(1).double())),
     "batch norm and dropout": lambda: operator(
         around(nn.Sequential(nn.BatchNorm1d(6, dtype=torch.float64), nn.Dropout(0.5)))
     ),

@@ -126,9 +126,12 @@ def _reshaping(node: fx.Node, order: dict[fx.Node, int]) -> bool:
 
 
 def _plain_form(target: OpOverload) -> OpOverload | None:
+    """``aten::mul`` for ``aten::mul_``, if there is one that takes the same arguments."""
     namespace, name = target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    return getattr(packet, target._overloadname, None)
+    plain: OpOverload | None = getattr(packet, target._overloadname, None)
+    taken, given = ([str(a.type) for a in t._schema.arguments] for t in (plain or target, target))
+    return plain if taken == given else None
 
 
 def _unpromoted(node: fx.Node, plain: OpOverload) -> bool:
