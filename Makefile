@@ -8,7 +8,7 @@ demo: .venv/examples
 	$(BIN)/python examples/digits.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: .venv/dev
 	$(BIN)/ruff check .
