@@ -19,6 +19,7 @@ from hvpop import (
     Layout,
     LinearOperator,
     LowRank,
+    Restriction,
 )
 from hvpop.operators.algebra import Transposed
 from hvpop.operators.base import Memory
@@ -151,6 +152,10 @@ def linearized(case: Case) -> Case:
 HESSIAN_DAMPING = torch.cat([torch.full((12,), 0.5), torch.full((4,), 2.0), torch.zeros(10)])
 
 OPERATORS: dict[str, Callable[[], Case]] = {
+    "restriction": lambda: (
+        Restriction(torch.tensor([3, 0, 3]), 5),
+        torch.eye(5, dtype=F64)[[3, 0, 3]],
+    ),
     "identity": lambda: (Identity(4), torch.eye(4, dtype=F64)),
     "identity of half precision": lambda: (Identity(3, dtype=BF16), torch.eye(3, dtype=F64)),
     "diagonal": lambda: diagonal(5),
