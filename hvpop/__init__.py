@@ -2,6 +2,7 @@
 
 from .curvature import HessianOperator, block_diagonal
 from .operators import (
+    BatchForms,
     BlockDiagonal,
     Damped,
     Dense,
@@ -29,6 +30,7 @@ __all__ = [
     "SAMPLES",
     "TOTAL",
     "Average",
+    "BatchForms",
     "BlockDiagonal",
     "Compiled",
     "Damped",

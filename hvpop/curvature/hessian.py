@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators import Layout, LinearOperator
+from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import SAMPLES, Average, EmpiricalRisk
 from ..risk.empirical import Mode
@@ -23,9 +23,11 @@ from ..strategies.fallback import settled
 from .blocks import block
 from .check import CheckResult, check
 from .diagnosis import culprit
+from .forms import batch_forms
 from .joining import LiveJoin
 from .linearized import LinearizedHessian
 from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
+from .tracing import Tracer
 
 
 class HessianOperator(LinearOperator):
@@ -116,6 +118,7 @@ class HessianOperator(LinearOperator):
         self.risk = risk
         self.strategy = FirstThatWorks() if strategy is None else strategy
         self._join = LiveJoin(self.risk, self.strategy)
+        self._tracer = Tracer()
 
     @property
     def layout(self) -> Layout:
@@ -177,10 +180,19 @@ class HessianOperator(LinearOperator):
     def _apply(self, V: Tensor) -> Tensor:
         start = time.perf_counter()
         Y = settled(self.strategy, lambda: self._product(V))
+        self._count(V, start)
+        return Y
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
+        start = time.perf_counter()
+        forms = batch_forms(self, *self._live(), V, batches)
+        self._count(V, start)
+        return forms
+
+    def _count(self, V: Tensor, start: float) -> None:
         self._passes += 1
         self._products += V.shape[1]
         self._seconds += time.perf_counter() - start
-        return Y
 
     def _product(self, V: Tensor) -> Tensor:
         point, state = self._live()
@@ -204,7 +216,9 @@ class HessianOperator(LinearOperator):
     def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
         if id(self) not in done:
             point, state = self._live()
-            done[id(self)] = LinearizedHessian(self.risk, self.strategy, point, state, memory)
+            done[id(self)] = LinearizedHessian(
+                self.risk, self.strategy, point, state, memory, self._tracer
+            )
         return done[id(self)]
 
     def _live(self) -> tuple[Params, Params]:

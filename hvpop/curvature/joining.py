@@ -62,32 +62,38 @@ class LiveJoin:
 
     def _proven(self, pair: list[Term], point: Params, state: Params) -> float | None:
         """The size of a graph per entry of data, if two batches can be run as one; None if not."""
-        joined = concatenated(pair)
         size = graph_bytes(
             lambda: self._strategy.plain.linearize(pair[0].function, point, state, *pair[0].data),
             [],
         )
-        if joined is None or 2 * size > LIVE_BYTES:
+        if 2 * size > LIVE_BYTES or not run_as_one(
+            self._strategy, pair, point, state, self._risk.seed
+        ):
             return None
-        probe = random_direction(point, self._risk.seed)
-        truth = self._product(pair, point, state, probe)
-        try:
-            right = agree(self._product([joined], point, state, probe), truth)
-        except Exception:  # batches that do not fit together
-            return None
-        return size / max(_entries(pair[0]), 1) if right else None
+        return size / max(_entries(pair[0]), 1)
 
-    def _product(
-        self, terms: list[Term], point: Params, state: Params, probe: Params
-    ) -> list[Tensor]:
-        multiply = multiplier(probe)
+
+def run_as_one(
+    strategy: HVPStrategy, pair: list[Term], point: Params, state: Params, seed: int
+) -> bool:
+    """Whether two batches, concatenated, have the product that they have one by one."""
+    joined = concatenated(pair)
+    if joined is None:
+        return False
+    multiply = multiplier(random_direction(point, seed))
+
+    def product(terms: list[Term]) -> list[Tensor]:
         total = WeightedSum(normalized=True)
         for term in terms:
-            total.add(
-                multiply(self._strategy.linearize(term.function, point, state, *term.data)),
-                term.weight,
-            )
+            linear = strategy.plain.linearize(term.function, point, state, *term.data)
+            total.add(multiply(linear), term.weight)
         return total.result()
+
+    truth = product(pair)
+    try:
+        return agree(product([joined]), truth)
+    except Exception:  # batches that do not fit together
+        return False
 
 
 def random_direction(point: Params, seed: int) -> Params:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import Layout, LinearOperator
+from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
-from ..risk.merging import stacked
+from ..risk.merging import concatenated, stacked
 from ..strategies import (
     FiniteDifference,
     FirstThatWorks,
@@ -27,10 +27,12 @@ from ..strategies import (
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
 from .diagnosis import culprit
-from .joining import agree, random_direction
+from .forms import batch_forms
+from .joining import agree, random_direction, run_as_one
 from .memory import budget_in_bytes, out_of_memory
 from .preparation import Preparation
 from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
+from .tracing import TRACE_AFTER, Tracer, may_trace
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class LinearizedHessian(LinearOperator):
     Made by that method. Parameters, buffers and train or eval mode are those of that moment. The
     first product reads the data once and prepares: batches are held, small ones are run as one,
     and what does not depend on the vector is computed once and kept, as far as the budget allows;
-    what does not fit is computed again for each product.
+    what does not fit is computed again for each product. After some hundred products of a model of
+    ordinary layers the maps are traced, as by `Compiled` without its compiler.
 
     Examples
     --------
@@ -87,6 +90,7 @@ class LinearizedHessian(LinearOperator):
         point: Params,
         state: Params,
         memory: Memory,
+        tracer: Tracer,
     ) -> None:
         dtype, device = space_of(point)
         self._layout = layout_of(point)
@@ -97,6 +101,7 @@ class LinearizedHessian(LinearOperator):
         self._fingerprint = risk.fingerprint()
         self.risk = risk.frozen()
         self.strategy = strategy
+        self._tracer = tracer
         with torch.inference_mode(False):
             self._point = {name: p.detach().clone() for name, p in point.items()}
             self._state = {name: t.detach().clone() for name, t in state.items()}
@@ -119,7 +124,7 @@ class LinearizedHessian(LinearOperator):
         """What is kept, and what the products have cost. Prepares if no product was made yet."""
         prepared = self._prepared()
         return Report(
-            strategy=repr(self.strategy),
+            strategy=repr(self.strategy) + (", traced" if prepared.traced else ""),
             batches=len(prepared.terms),
             kept=sum(part.batches for part in prepared.parts if part.map is not None),
             parts=len(prepared.parts),
@@ -131,7 +136,7 @@ class LinearizedHessian(LinearOperator):
         )
 
     def _apply(self, V: Tensor) -> Tensor:
-        self._prepared()
+        self._trace_when_used(self._prepared())
         start = time.perf_counter()
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self.risk.policies:
@@ -142,6 +147,24 @@ class LinearizedHessian(LinearOperator):
         self._products += V.shape[1]
         self._seconds += time.perf_counter() - start
         return Y
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
+        start = time.perf_counter()
+        forms = batch_forms(self, self._point, self._state, V, batches)
+        self._passes += 1
+        self._products += V.shape[1]
+        self._seconds += time.perf_counter() - start
+        return forms
+
+    def _trace_when_used(self, prepared: Preparation) -> None:
+        """Exchange the kept maps for traced ones, once, when they have been used much."""
+        if prepared.traced or self._products < TRACE_AFTER:
+            return
+        if may_trace(self.strategy, self.risk):
+            start = time.perf_counter()
+            with grad_enabled(), self.risk.policies:
+                prepared.trace(self._tracer)
+            self._seconds += time.perf_counter() - start
 
     def _attempt(self, columns: Params) -> list[Tensor]:
         prepared = self._prepared()
@@ -179,6 +202,11 @@ class LinearizedHessian(LinearOperator):
         """Run batches as one in the first way that gives the product of batches run one by one."""
         prepared = Preparation(self.risk, self.strategy, self._point, self._state, self._budget)
         joins = [] if isinstance(self.strategy, FiniteDifference) else prepared.joins()
+        if concatenated in joins and self.risk.plain:
+            ends = [prepared.terms[0], prepared.terms[-1]]  # of ordinary layers two tell of all
+            if run_as_one(self.strategy, ends, self._point, self._state, self.risk.seed):
+                prepared.build(concatenated)
+                return prepared
         if joins:
             probe = random_direction(self._point, self.risk.seed)
             truth = self._truth(prepared, probe)

@@ -10,7 +10,7 @@ from itertools import islice
 from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..risk.merging import concatenated, stacked
-from ..strategies import HVPStrategy, LinearMap, Params
+from ..strategies import Compiled, HVPStrategy, LinearMap, Params
 from .memory import bytes_of, graph_bytes, out_of_memory
 
 Join = Callable[[Sequence[Term]], Term | None]
@@ -48,6 +48,7 @@ class Preparation:
         self._keeping = True
         self.terms, self.complete = self._hold()
         self.parts: list[Part] = []
+        self.traced = False
 
     @property
     def bytes(self) -> int:
@@ -93,6 +94,27 @@ class Preparation:
                 self.parts[i] = replace(part, map=None)
                 return True
         return False
+
+    def trace(self, tracer: Compiled) -> None:
+        """Exchange kept maps for traced ones, one after the other, as far as they can be traced."""
+        self.traced = True
+        for i, part in enumerate(self.parts):
+            if part.map is None or tracer.fallback_reason is not None:
+                continue
+            before = self._size(part.term)
+            self.parts[i] = replace(part, map=None)  # room for the new one
+            try:
+                linear = tracer.linearize(
+                    part.term.function, self._point, self._state, *part.term.data
+                )
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                continue
+            size = getattr(linear, "residual_bytes", before)
+            if self.bytes - before + size <= self._budget:
+                self._kept_bytes += size - before
+                self.parts[i] = replace(part, map=linear)
 
     def linearized(self, term: Term) -> LinearMap:
         """The map of a term, made now."""

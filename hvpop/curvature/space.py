@@ -17,27 +17,36 @@ class WeightedSum:
 
     def __init__(self, normalized: bool) -> None:
         self._normalized = normalized
+        self._first: list[Tensor] = []  # as it came: the average of a single term is that term
         self._sum: list[Tensor] = []
         self._weight = 0.0
 
     def add(self, tensors: list[Tensor], weight: float) -> None:
-        """Add one term; tensors may be half precision, sums are not."""
+        """Add one term; tensors may be half precision, sums are not. They are kept, not changed."""
         if any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors):
             tensors = [t.to(working_dtype(t.dtype)) for t in tensors]
-        if self._sum:
-            torch._foreach_add_(self._sum, tensors, alpha=weight)
+        if not self._sum and not self._first:
+            self._first = tensors
         else:
-            self._sum = list(torch._foreach_mul(tensors, weight))
+            self._begin()
+            torch._foreach_add_(self._sum, tensors, alpha=weight)
         self._weight += weight
 
     def result(self) -> list[Tensor]:
         """The average, or the sum if it is not normalized."""
-        if not self._normalized:
-            return self._sum
-        if self._weight == 0.0:
+        if self._normalized and self._weight == 0.0:
             raise ValueError("all batches have weight 0, so their average is not defined")
-        torch._foreach_mul_(self._sum, 1.0 / self._weight)
+        if self._normalized and self._first:
+            return self._first
+        self._begin()
+        if self._normalized:
+            torch._foreach_mul_(self._sum, 1.0 / self._weight)
         return self._sum
+
+    def _begin(self) -> None:
+        """Turn the first term, whose weight is all there is so far, into the start of the sum."""
+        if self._first:
+            self._sum, self._first = list(torch._foreach_mul(self._first, self._weight)), []
 
 
 def layout_of(point: Params) -> Layout:
@@ -68,13 +77,18 @@ def space_of(point: Params) -> tuple[torch.dtype, torch.device]:
 def to_point(V: Tensor, layout: Layout, point: Params) -> Params:
     """Columns ``(n, k)`` as tensors ``(k, *shape)`` in each parameter's dtype and device."""
     pieces = layout.unflatten(V.T.contiguous())
-    return {name: piece.to(point[name]) for name, piece in pieces.items()}
+    return {name: _like(piece, point[name]) for name, piece in pieces.items()}
 
 
 def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     """The inverse of `to_point`, in the dtype and device of ``V``."""
     k = V.shape[1]
-    return torch.cat([p.reshape(k, -1).to(V) for p in products], dim=1).T
+    return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1).T
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """``x.to(other)``, which takes torch a while to find that it has nothing to do."""
+    return x if x.dtype == other.dtype and x.device == other.device else x.to(other)
 
 
 def columns_in(columns: Params) -> int:

@@ -4,10 +4,12 @@ from .base import LinearOperator
 from .basic import Dense, Diagonal, FromFunction, Identity, LowRank
 from .blocks import BlockDiagonal
 from .damped import Damped
+from .forms import BatchForms
 from .layout import Layout
 from .restriction import Restriction
 
 __all__ = [
+    "BatchForms",
     "BlockDiagonal",
     "Damped",
     "Dense",

@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from .base import LinearOperator, Memory
+from .forms import BatchForms
 
 
 class Composite(LinearOperator):
@@ -68,6 +69,20 @@ class Sum(Composite):
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return reduce(Tensor.add, (part._apply_transpose(U) for part in self.parts))
 
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        of_data = [part for part in self.parts if part._averages_data()]
+        if len(of_data) > 1:
+            raise ValueError(
+                f"{self!r}: {len(of_data)} of its terms have data in them, and which batch of one "
+                "belongs to which of another is not known; expected one such term: take the forms "
+                f"of each, or the Hessian of the sum of their losses; got {of_data}"
+            )
+        forms = of_data[0]._batch_forms(V, batches) if of_data else None
+        if forms is None:
+            return None
+        others = (part for part in self.parts if part is not of_data[0])
+        return reduce(BatchForms.shifted, ((V * B._apply(V)).sum(0) for B in others), forms)
+
 
 class Product(Composite):
     """``A @ B @ ...``; symmetric if it reads the same from both ends, as ``P @ H @ P`` does."""
@@ -103,6 +118,10 @@ class Scaled(Composite):
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return self.scale * self.parts[0]._apply_transpose(U)
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        forms = self.parts[0]._batch_forms(V, batches)
+        return None if forms is None else forms.scaled(self.scale)
 
     def _label(self) -> str:
         return f"Scaled({self.scale:g})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import crossing
+from .forms import BatchForms
 from .layout import Layout
 
 Memory = int | str | None
@@ -90,6 +91,16 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         """Make this matrix ready; ``done`` remembers parts that occur more than once, by id."""
         return self
 
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        """See `batch_forms`; implemented by what averages over data."""
+        return None
+
+    def _averages_data(self) -> bool:
+        """Whether this matrix, or any that it is made of, averages over data."""
+        implements = type(self)._batch_forms is not LinearOperator._batch_forms
+        parts = self._children()
+        return any(part._averages_data() for part in parts) if parts else implements
+
     @property
     def layout(self) -> Layout | None:
         """Which entries belong to which named parameter, where that is known."""
@@ -161,6 +172,34 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
             block.diagonal(-start).fill_(1.0)
             dense[:, start:stop] = self.matmat(block)
         return dense
+
+    def batch_forms(self, V: Any, *, batches: int | None = None) -> BatchForms | None:
+        """The numbers ``v' A_b v`` of every batch b of which this is an average over data.
+
+        Their spread tells how far ``v' A v`` may be from that of the population the data were drawn
+        from. One pass over the data, with the memory of one batch, at a product a column.
+
+        Parameters
+        ----------
+        V : Tensor or ndarray
+            Columns, ``(n, k)``.
+        batches : int, optional
+            Stop after so many.
+
+        Returns
+        -------
+        BatchForms or None
+            None if this is no average over data. A Hessian is one, and so it is scaled, damped, or
+            added to matrices that have no data in them; those add ``v' B v`` to every batch.
+
+        Raises
+        ------
+        ValueError
+            For a sum of several averages: which batch of one belongs to which of another is not known.
+        """
+        if batches is not None and batches < 1:
+            raise ValueError(f"batch_forms expects batches > 0, got {batches}")
+        return crossing.forms(self, lambda V: self._batch_forms(V, batches), V)
 
     # -- life cycle -------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .base import LinearOperator
+    from .forms import BatchForms
 
 NDArrayAny = NDArray[Any]
 
@@ -79,6 +80,31 @@ def multiply(
     if array.dtype.kind == "c":  # A is real and linear: its parts are two real columns
         return product(array.real) + 1j * product(array.imag)
     return product(array)
+
+
+def forms(
+    A: LinearOperator, hook: Callable[[Tensor], BatchForms | None], x: Any
+) -> BatchForms | None:
+    """``hook`` applied to a block ``(n, k)``, checked as for a product; nothing to convert back."""
+    n = A.shape[1]
+    if A.shape[0] != n:
+        raise ValueError(f"v' A v expects a square operator, got {A!r}")
+    if isinstance(x, Tensor):
+        _check_shape(A, tuple(x.shape), n, columns=True)
+        _check_kind(A, x)
+        V = x.detach()
+    else:
+        array = _numbers(repr(A), x, kinds="biuf")
+        _check_shape(A, array.shape, n, columns=True)
+        V = _from_numpy(array, A.dtype)
+    if V.shape[1] == 0:
+        raise ValueError(f"{A!r} expects shape ({n}, k) with k > 0, got {tuple(V.shape)}")
+    with _full_precision(A.device):
+        found = hook(V.to(A.device, working_dtype(A.torch_dtype)))
+    if found is not None and tuple(found.values.shape) != (len(found.weights), V.shape[1]):
+        expected, got = (len(found.weights), V.shape[1]), tuple(found.values.shape)
+        raise ValueError(f"{A!r}: the forms of its batches must have shape {expected}, got {got}")
+    return found
 
 
 def _product(A: LinearOperator, hook: Callable[[Tensor], Tensor], m: int, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from . import crossing
 from .algebra import Composite
 from .base import LinearOperator
 from .crossing import NDArrayAny
+from .forms import BatchForms
 
 
 class Damped(Composite):
@@ -66,6 +67,10 @@ class Damped(Composite):
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return self.operator._apply_transpose(U) + self.damping(U)
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        forms = self.operator._batch_forms(V, batches)
+        return None if forms is None else forms.shifted((V * self.damping(V)).sum(0))
 
 
 def _column(

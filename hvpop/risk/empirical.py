@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -140,7 +140,8 @@ class EmpiricalRisk:
         self._plain = False
         self._has_strays: bool | None = None  # not known before the first evaluation
         self._draws_beside_torch: bool | None = None  # likewise
-        self.policies = TwiceDifferentiable()
+        self._policies = TwiceDifferentiable()
+        self._frozen: tuple[object, EmpiricalRisk] | None = None
         self._inventory = Inventory(self._roots)
 
     # -- the point --------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class EmpiricalRisk:
         held = {n: t.clone() if n in buffers else t for n, t in state.items()} | params
         randomness = self._randomness(seed)
         with ExitStack() as contexts:
-            contexts.enter_context(self.policies)
+            contexts.enter_context(self._policies)
             contexts.enter_context(self._inventory.holding(held))
             contexts.enter_context(randomness)
             contexts.enter_context(self._rewrites)
@@ -294,6 +295,11 @@ class EmpiricalRisk:
         return self._data.in_memory and self._moved == 0
 
     @property
+    def policies(self) -> AbstractContextManager[object]:
+        """The context of a whole product, in which its evaluations find what they need."""
+        return ONE_THREAD if self._plain else self._policies
+
+    @property
     def plain(self) -> bool:
         """Whether model and loss are made of ordinary parts only, which need no policies."""
         return self._plain
@@ -327,14 +333,14 @@ class EmpiricalRisk:
 
     def batchwise(self) -> EmpiricalRisk:
         """The same risk in batch mode."""
-        risk = copy.copy(self)
+        risk = self._copy()
         risk.mode = "batch"
         return risk
 
     def restricted(self, params: Selection) -> EmpiricalRisk:
         """The same risk as a function of some of its parameters; the others stay as they are."""
         chosen = self.parameters()
-        risk = copy.copy(self)
+        risk = self._copy()
         wanted = self._inventory.trainable(params)
         risk._selection = [name for name in chosen if name in wanted]
         return risk
@@ -362,9 +368,31 @@ class EmpiricalRisk:
         return Fingerprint.of(inventory.parameters | inventory.buffers)
 
     def frozen(self) -> EmpiricalRisk:
-        """The same functions with every module in train or eval mode as it is now."""
-        frozen = copy.copy(self)
-        frozen._inventory = Inventory(self._roots)
-        modes = [(module, module.training) for module in frozen._inventory.modules]
-        frozen.policies = TwiceDifferentiable(modes)
+        """The same functions with every module in train or eval mode as it is now.
+
+        The same object as long as the modules are what they were, so that what strategies know of
+        its functions (traces) serves again after a training step.
+        """
+        self.parameters()
+        modules = [(module, _settings(module)) for module in self._inventory.modules]
+        if self._frozen is None or self._frozen[0] != modules:
+            frozen = self._copy()
+            modes = [(module, module.training) for module, _ in modules]
+            frozen._policies = TwiceDifferentiable(modes)
+            self._frozen = modules, frozen
+        frozen = self._frozen[1]
+        frozen.parameters()
         return frozen
+
+    def _copy(self) -> EmpiricalRisk:
+        copied = copy.copy(self)
+        copied._frozen = None
+        return copied
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a forward pass may depend on beside tensors: modes, sizes, rates, switches."""
+    return {name: x for name, x in vars(module).items() if isinstance(x, _SETTING)}
+
+
+_SETTING = (bool, int, float, str, torch.dtype, type(None))

@@ -7,7 +7,7 @@ import os
 from torch import Tensor
 
 from ..operators import LinearOperator
-from . import operand
+from . import operand, spread
 from .lanczos import Lanczos, Which
 from .loop import run
 from .results import Eigenpairs
@@ -27,6 +27,7 @@ def eigsh(
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    data_error: bool = False,
 ) -> Eigenpairs:
     """Eigenvalues and eigenvectors of a symmetric operator.
 
@@ -62,6 +63,11 @@ def eigsh(
         Show a bar with the largest residual.
     checkpoint : path, optional
         Save there from time to time and at the end; if the file exists, continue from it.
+    data_error : bool
+        Tell by the spread over batches (`LinearOperator.batch_forms`) how far each eigenvalue may
+        be from that of the population the data were drawn from: `data_errors`, to first order in
+        the size of the sample, for eigenvalues that stand further apart than that. Costs ``k``
+        products beyond the budget, in one pass at the end. None after Ctrl-C.
 
     Returns
     -------
@@ -96,5 +102,8 @@ def eigsh(
     task = Lanczos(A, k, which, block, basis, v0, deflate, rtol, seed)
     budget = 1000 + 40 * k if max_products is None else max_products
     operand.positive("eigsh", max_products=budget)
+    if data_error:
+        spread.required("eigsh", A)
     state, status = run(task, max_products=budget, progress=progress, checkpoint=checkpoint)
-    return task.result(state, status)
+    found = task.result(state, status)
+    return spread.of_eigenvalues("eigsh", A, found) if data_error else found

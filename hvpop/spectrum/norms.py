@@ -7,7 +7,7 @@ import os
 import torch
 
 from ..operators import LinearOperator
-from . import operand
+from . import operand, spread
 from .eigsh import eigsh
 from .results import Estimate
 from .sampling import Band, mean
@@ -75,6 +75,7 @@ def spectral_norm(
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    data_error: bool = False,
 ) -> Estimate:
     """The largest singular value of an operator ``(m, n)``: for a symmetric one, the largest |lambda|.
 
@@ -86,6 +87,8 @@ def spectral_norm(
         The residual, relative to the norm; the error is of the order of its square over the gap.
     A, max_products, seed, progress, checkpoint
         As for `eigsh`; a product with ``A.T`` counts as one.
+    data_error : bool
+        As for `eigsh`; for a symmetric operator.
 
     Returns
     -------
@@ -103,10 +106,14 @@ def spectral_norm(
     """
     A = operand.operator("spectral_norm", A)
     S, cost = (A, 1) if A.symmetric else (A.T @ A, 2)
+    if data_error:
+        spread.required("spectral_norm", operand.symmetric("spectral_norm with data_error=True", A))
     found = eigsh(
         S, 1, "LM", rtol=rtol, max_products=max_products // cost, seed=seed, progress=progress,
         checkpoint=checkpoint,
     )  # fmt: skip
+    if data_error:
+        found = spread.of_eigenvalues("spectral_norm", A, found)
     theta, residual = found.eigenvalues[0].abs().item(), found.residuals[0].item()
     power = 1 / cost  # of theta that is the norm
     value, high = theta**power, (theta + residual) ** power
@@ -114,4 +121,7 @@ def spectral_norm(
         (cost * products, value, (theta + worst) ** power - value)
         for products, worst in found.history
     )
-    return Estimate(value, high - value, value, high, cost * found.products, found.status, history)
+    error = None if found.data_errors is None else found.data_errors[0].item()
+    return Estimate(
+        value, high - value, value, high, cost * found.products, found.status, history, error
+    )

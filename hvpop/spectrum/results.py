@@ -27,15 +27,18 @@ class Eigenpairs:
     history: tuple[tuple[int, float], ...] = field(
         default=()
     )  # (products, largest residual by recurrence; inf until there are k)
+    data_errors: Tensor | None = None  # (k,), standard errors that come of the data being a sample
 
     def __repr__(self) -> str:
         k = self.eigenvalues.shape[0]
         if k == 0:
             return f"<no eigenpairs, {self.products} products, {self.status}>"
         first, last = self.eigenvalues[0].item(), self.eigenvalues[-1].item()
+        errors = self.data_errors
+        data = "" if errors is None else f"data errors up to {errors.max().item():.1e}, "
         return (
             f"<{k} eigenpairs, {first:.4g} to {last:.4g}, residuals up to "
-            f"{self.residuals.max().item():.1e}, {self.products} products, {self.status}>"
+            f"{self.residuals.max().item():.1e}, {data}{self.products} products, {self.status}>"
         )
 
 
@@ -50,14 +53,16 @@ class Estimate:
     products: int  # of A or A' with one vector
     status: Status
     history: tuple[tuple[int, float, float], ...] = field(default=())  # (products, value, error)
+    data_error: float | None = None  # the standard error that comes of the data being a sample
 
     def __float__(self) -> float:
         return self.value
 
     def __repr__(self) -> str:
+        data = "" if self.data_error is None else f"data error {self.data_error:.1e}, "
         return (
             f"<{self.value:.6g}, 95 % in [{self.low:.6g}, {self.high:.6g}], "
-            f"{self.products} products, {self.status}>"
+            f"{data}{self.products} products, {self.status}>"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
-from . import operand, probes
+from . import operand, probes, spread
 from .results import Estimate
 from .sampling import Band, History, Sampling, mean, student
 from .sketch import LeaveOut
@@ -29,6 +29,7 @@ def trace(
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    data_error: bool = False,
 ) -> Estimate:
     """The trace of a square operator, estimated from products with random vectors.
 
@@ -51,6 +52,11 @@ def trace(
         Probes a round; a round is one block product for "hutchinson", two for the others.
     seed, progress, checkpoint
         As for `eigsh`.
+    data_error : bool
+        Tell by the spread over batches (`LinearOperator.batch_forms`) how far the trace may be
+        from that of the population the data were drawn from: `data_error`. Costs ``block`` probes (at
+        least 4) beyond the budget, a product each, in one pass at the end; if those are too few to tell it
+        from their own noise, it is too large. None after Ctrl-C.
 
     Returns
     -------
@@ -76,7 +82,10 @@ def trace(
     else:
         kind = _XTrace if method == "xtrace" else _HutchPlusPlus
         task = kind(operand.symmetric(f"trace by {method}", A), rtol, block, seed)
-    return task.estimate(max_products, progress, checkpoint)
+    if data_error:
+        spread.required("trace", task.A)
+    found = task.estimate(max_products, progress, checkpoint)
+    return spread.of_trace(task.A, found, block, seed) if data_error else found
 
 
 @dataclass(frozen=True)

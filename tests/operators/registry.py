@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpop import (
+    BatchForms,
     BlockDiagonal,
     Damped,
     Dense,
@@ -108,6 +109,31 @@ class LiveDense(Dense):
         return done.setdefault(id(self), Dense(self.matrix.clone()))
 
 
+class Averaged(LinearOperator):
+    """The weighted mean, or sum, of a symmetric matrix for each batch of some data."""
+
+    def __init__(self, matrices: Tensor, weights: Tensor, *, normalized: bool = True) -> None:
+        self.matrices, self.weights, self.normalized = matrices, weights.double(), normalized
+        divisor = self.weights.sum() if normalized else 1.0
+        mean = torch.tensordot(self.weights, matrices.double(), 1) / divisor
+        self.matrix = mean.to(matrices)
+        super().__init__(mean.shape, dtype=matrices.dtype, device="cpu", symmetric=True)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.matrix @ V
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
+        values = (V * (self.matrices[:batches] @ V)).sum(1).double()
+        return BatchForms(values, self.weights[:batches], self.normalized)
+
+
+def averaged(n: int, *, normalized: bool = True) -> Case:
+    """An average over four batches of unlike weights."""
+    M = entries(4, n, n)
+    A = Averaged(M + M.mT, torch.tensor([1.0, 3.0, 3.0, 2.0]), normalized=normalized)
+    return A, A.matrix
+
+
 class LevenbergMarquardt(Damped):
     """A damping rule of one's own, with an attribute of its own: ``strength * |diag(A)|``."""
 
@@ -199,6 +225,16 @@ OPERATORS: dict[str, Callable[[], Case]] = {
     "nested": lambda: combine(
         lambda A, B, P: (2.0 * (A + B)).T @ (P @ A - B) / 4, dense(4, 4), shift(4), low_rank(4)
     ),
+    "average over batches": lambda: averaged(4),
+    "average damped by a subclass": lambda: levenberg_marquardt(averaged(4), 0.3),
+    "sum over batches": lambda: averaged(4, normalized=False),
+    "sum over batches among others": lambda: combine(
+        lambda A, B, C: -2.0 * (A / 3 + B - C),
+        symmetric(4),
+        averaged(4, normalized=False),
+        shift(4),
+    ),
+    "square of an average": lambda: combine(lambda A: A @ A, averaged(4)),
     "hessian": hessian,
     "hessian float32": lambda: hessian(F32),
     "hessian linearized": lambda: linearized(hessian()),
@@ -208,6 +244,17 @@ OPERATORS: dict[str, Callable[[], Case]] = {
     "hessian deflated": lambda: combine(
         lambda P, H: P @ H @ P, low_rank(26, weights=True), hessian()
     ),
+}
+
+OVER_DATA = {
+    "average over batches",
+    "average damped by a subclass",
+    "sum over batches",
+    "sum over batches among others",
+    "hessian",
+    "hessian float32",
+    "hessian linearized",
+    "hessian damped by name",
 }
 
 

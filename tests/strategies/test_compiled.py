@@ -156,7 +156,7 @@ def test_columns_are_products(name: str) -> None:
     strategy = Compiled(compiler=False)
     H = strategy.linearize(fn, params, *batch)
     expected = ReverseOverReverse().linearize(fn, params, *batch)
-    for k in (1, 3):
+    for k in (1, 3, 14):  # one by one; a block, and one filled up
         V = directions(params, k)
         for _ in range(2):
             result = H.columns(V)
@@ -398,7 +398,7 @@ def test_columns_that_disagree_are_dropped(monkeypatch: pytest.MonkeyPatch) -> N
     fn, params, [batch] = problem("dense")
     strategy = Compiled(compiler=False)
     H = strategy.linearize(fn, params, *batch)
-    V = directions(params, 2)
+    V = directions(params, 8)
     zeros = [torch.zeros_like(t) for t in V.values()]
     monkeypatch.setattr(programs.Program, "_vectorized", lambda *_: lambda *_: zeros)
     with pytest.warns(UserWarning, match="several columns disagreed"):
@@ -415,7 +415,7 @@ def test_columns_of_an_op_without_a_batching_rule_go_one_by_one(
     fn, params, [batch] = problem("dense")
     H = Compiled(compiler=False).linearize(fn, params, *batch)
     monkeypatch.setattr(programs.torch, "vmap", refuse)
-    V = directions(params, 2)
+    V = directions(params, 8)
     with pytest.warns(UserWarning, match="one by one"):
         result = H.columns(V)
     monkeypatch.undo()
@@ -430,7 +430,7 @@ def test_compiled_products_are_those_of_double_backward() -> None:
     strategy = Compiled()
     H = strategy.linearize(fn, params, *batch)
     expected = ReverseOverReverse().linearize(fn, params, *batch)
-    v, V = directions(params), directions(params, 3)
+    v, V = directions(params), directions(params, 11)
     assert_same(H(v), expected(v))
     assert_same(H.columns(V), expected.columns(V))
     assert strategy.fallback_reason is None

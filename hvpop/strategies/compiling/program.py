@@ -24,7 +24,8 @@ class Program:
 
     `prepare` maps the inputs to the residuals: all that the product needs besides v. `run` maps
     residuals and v to the product, once `prove` has chosen it; None if nothing was right.
-    `columns[k]` does it for k columns; None where they have to go one by one.
+    `run_columns` does it for a block of columns, once `prove_columns` has chosen it; None where they
+    have to go one by one.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class Program:
         self.run: Run | None = None
         self.proven = False
         self._compiler = compiler
-        self.columns: dict[int, Run | None] = {}
+        self.run_columns: Run | None = None
+        self.columns_proven = False
 
     def prove(
         self, residuals: Sequence[Tensor], v: Sequence[Tensor], expected: Sequence[Tensor]
@@ -61,10 +63,10 @@ class Program:
         return complaints
 
     def prove_columns(self, residuals: Sequence[Tensor], V: Sequence[Tensor]) -> list[str]:
-        """Add `run` for as many columns as V has, if it agrees with `run`; return the complaints."""
+        """Set `run_columns` for blocks as wide as V, if it agrees with `run`; return the complaints."""
         assert self.run is not None
         k = V[0].shape[0]
-        self.columns[k] = None
+        self.columns_proven = True
         try:
             way = self._vectorized(residuals, V)
             result = way(*residuals, *V)
@@ -76,7 +78,7 @@ class Program:
             return ["the product of several columns disagreed with that of one"]
         one = _seconds(self.run, [*residuals, *(column[0] for column in V)])
         if _seconds(way, [*residuals, *V]) < k * one:  # not so for convolutions, on a CPU
-            self.columns[k] = way
+            self.run_columns = way
         return []
 
     def _vectorized(self, residuals: Sequence[Tensor], V: Sequence[Tensor]) -> Run:
