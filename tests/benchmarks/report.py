@@ -81,9 +81,21 @@ TARGETS = (
 )
 
 
-def targets(rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a target on one workload."""
+
+    workload: str
+    question: str
+    entrant: str
+    peer: str
+    ratio: float
+    most: float
+
+
+def outcomes(rows: Sequence[Row]) -> list[Outcome]:
     """Each target with what was measured, in the same rounds as the peer."""
-    lines = ["", "relative to the fastest correct peer (by hand not counted); lower is better"]
+    found = []
     for target in TARGETS:
         for workload, most in target.most.items():
             asked = [
@@ -95,10 +107,18 @@ def targets(rows: Sequence[Row]) -> str:
             if mine is None or peer is None:
                 continue
             ratio = mine.seconds.in_units_of(peer.seconds)
-            lines.append(
-                f"  {'ok ' if ratio <= most else 'NOT'} {workload:7} {mine.question:40.40} "
-                f"{mine.entrant:34} {ratio:5.2f} of at most {most:.2f}   ({peer.entrant})"
-            )
+            found.append(Outcome(workload, mine.question, mine.entrant, peer.entrant, ratio, most))
+    return found
+
+
+def targets(rows: Sequence[Row]) -> str:
+    """The outcomes as text."""
+    lines = ["", "relative to the fastest correct peer (by hand not counted); lower is better"]
+    lines += [
+        f"  {'ok ' if o.ratio <= o.most else 'NOT'} {o.workload:7} {o.question:40.40} "
+        f"{o.entrant:34} {o.ratio:5.2f} of at most {o.most:.2f}   ({o.peer})"
+        for o in outcomes(rows)
+    ]
     return "\n".join(lines)
 
 
@@ -112,6 +132,7 @@ def save(rows: Sequence[Row], curves: Sequence[Curve], folder: Path) -> None:
         "machine": _machine(),
         "versions": _versions(),
         "rows": [row.record() for row in rows],
+        "targets": [asdict(outcome) for outcome in outcomes(rows)],
         "scaling": [asdict(curve) for curve in curves],
     }
     (folder / "benchmarks.json").write_text(json.dumps(record, indent=1))
