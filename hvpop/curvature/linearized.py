@@ -203,8 +203,8 @@ class LinearizedHessian(LinearOperator):
         prepared = Preparation(self.risk, self.strategy, self._point, self._state, self._budget)
         joins = [] if isinstance(self.strategy, FiniteDifference) else prepared.joins()
         if concatenated in joins and self.risk.plain:
-            ends = [prepared.terms[0], prepared.terms[-1]]  # of ordinary layers two tell of all
-            if run_as_one(self.strategy, ends, self._point, self._state, self.risk.seed):
+            pair = prepared.pair(concatenated)  # of ordinary layers two batches tell of all
+            if run_as_one(self.strategy, pair, self._point, self._state, self.risk.seed):
                 prepared.build(concatenated)
                 return prepared
         if joins:

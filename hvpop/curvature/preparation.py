@@ -67,7 +67,13 @@ class Preparation:
         if self._risk.is_random(self.terms[0]):
             return []  # each batch has random numbers of its own
         own_weights = self._risk.average.weight is None
-        return [concatenated, stacked] if own_weights else [stacked]
+        ways = [concatenated, stacked] if own_weights else [stacked]
+        return [join for join in ways if len(self._groups(join)) < len(self.terms)]
+
+    def pair(self, join: Join) -> list[Term]:
+        """The first and the last of some batches that would be put together by ``join``."""
+        group = next(group for group in self._groups(join) if len(group) > 1)
+        return [group[0], group[-1]]
 
     def build(self, join: Join | None) -> None:
         """Linearize all batches, in groups put together by ``join``."""
@@ -91,30 +97,24 @@ class Preparation:
         self._keeping = False
         for i, part in reversed(list(enumerate(self.parts))):
             if part.map is not None:
+                self._kept_bytes -= _bytes_held(part.map, self._size(part.term))
                 self.parts[i] = replace(part, map=None)
                 return True
         return False
 
     def trace(self, tracer: Compiled) -> None:
-        """Exchange kept maps for traced ones, one after the other, as far as they can be traced."""
+        """Exchange kept maps for traced ones, one after the other, as far as that can be and fits."""
         self.traced = True
         for i, part in enumerate(self.parts):
-            if part.map is None or tracer.fallback_reason is not None:
+            if part.map is None:
                 continue
-            before = self._size(part.term)
             self.parts[i] = replace(part, map=None)  # room for the new one
-            try:
-                linear = tracer.linearize(
-                    part.term.function, self._point, self._state, *part.term.data
-                )
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                continue
-            size = getattr(linear, "residual_bytes", before)
-            if self.bytes - before + size <= self._budget:
-                self._kept_bytes += size - before
-                self.parts[i] = replace(part, map=linear)
+            size = self._size(part.term)
+            self._kept_bytes -= size
+            linear = self._kept(tracer, part.term, size)
+            self.parts[i] = replace(part, map=linear or self._kept_map(part.term))
+            if linear is None or tracer.fallback_reason is not None:
+                return
 
     def linearized(self, term: Term) -> LinearMap:
         """The map of a term, made now."""
@@ -153,14 +153,21 @@ class Preparation:
         size = self._size(term)
         if not self._keeping or self.bytes + size > self._budget:
             return None
+        return self._kept(self._strategy, term, size)
+
+    def _kept(self, strategy: HVPStrategy, term: Term, size: int) -> LinearMap | None:
+        """The map of a term, counted; None if it is larger than ``size``, and too large."""
         try:
-            linear = self.linearized(term)
+            linear = strategy.linearize(term.function, self._point, self._state, *term.data)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             self.release()  # the estimate was wrong, or others took the memory
             return None
-        self._kept_bytes += getattr(linear, "residual_bytes", size)
+        size = _bytes_held(linear, size)
+        if self.bytes + size > self._budget:
+            return None
+        self._kept_bytes += size
         return linear
 
     def _size(self, term: Term) -> int:
@@ -180,6 +187,11 @@ class Preparation:
                     raise
                 self._graph_bytes[shape] = self._budget + 1  # cannot be measured: never kept
         return self._graph_bytes[shape]
+
+
+def _bytes_held(linear: LinearMap, graph: int) -> int:
+    """What a map says that it holds, or else what its graph does."""
+    return int(getattr(linear, "residual_bytes", graph))
 
 
 def _shape(term: Term) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,15 @@ class Row:
         if self.seconds is not None:
             derived |= {"median": self.seconds.median, "least": self.seconds.least}
         return asdict(self) | derived
+
+    @staticmethod
+    def restored(record: dict[str, Any]) -> Row:
+        """The row of a `record`."""
+        given = {field.name: record[field.name] for field in fields(Row)}
+        for name in ("seconds", "unit"):
+            if given[name] is not None:
+                given[name] = Samples(tuple(given[name]["seconds"]))
+        return Row(**given)
 
 
 @dataclass(frozen=True)

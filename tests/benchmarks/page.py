@@ -37,10 +37,9 @@ def products(question: str) -> Callable[[Record], str]:
             )
             for workload in SMALL
         }
-        rows = [["*arithmetic, kept*", *(f"*{limits[w]}*" for w in SMALL)]]
-        for name in _names(record, question):
-            rows.append([name, *(cells.get((name, w), "") for w in SMALL)])
-        return _table(["", *SMALL], rows)
+        least = ["*arithmetic, kept*", *(f"*{limits[w]}*" for w in SMALL)]
+        rows = [[n, *(cells.get((n, w), "") for w in SMALL)] for n in _names(record, question)]
+        return _table(["", *SMALL], [least, *rows])
 
     return table
 

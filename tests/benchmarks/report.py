@@ -78,6 +78,7 @@ TARGETS = (
     Target("trace", "best", {"digits": 0.5}),
     Target("density", "best", {"digits": 0.5}),
     Target("16 solves", "best", {"digits": 0.5}),
+    Target("16 systems, one operator", "best", {"digits": 0.35}),
 )
 
 
@@ -123,6 +124,15 @@ def targets(rows: Sequence[Row]) -> str:
 
 
 # -- files -----------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> tuple[list[Row], list[Curve]]:
+    """What `save` left in a folder; nothing if it left nothing."""
+    file = folder / "benchmarks.json"
+    if not file.exists():
+        return [], []
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return [Row.restored(row) for row in record["rows"]], [Curve(**c) for c in record["scaling"]]
 
 
 def save(rows: Sequence[Row], curves: Sequence[Curve], folder: Path) -> None:

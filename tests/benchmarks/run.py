@@ -42,6 +42,7 @@ def main() -> None:
         compiler=not (args.quick or args.no_compiler),
         sizes=(1, 2, 4) if args.quick else Plan.sizes,
     )
+    kept, curves = report.load(args.output) if args.add else ([], [])
     rows: list[Row] = []
     for name in args.workloads:
         workload = WORKLOADS[name]()
@@ -50,7 +51,10 @@ def main() -> None:
             rows += found
             print(report.table(workload.title, found), flush=True)
     print(report.targets(rows))
-    curves = scaling.measured(plan) if args.scaling else []
+    if args.scaling:
+        curves = scaling.measured(plan)
+    rows += [row for row in kept if row.workload not in args.workloads]
+    rows.sort(key=lambda row: list(WORKLOADS).index(row.workload))
     report.save(rows, curves, args.output)
     print(f"written: {args.output}/benchmarks.json and pictures beside it")
 
@@ -68,6 +72,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--cpu-time", action="store_true", help="time of this thread, not of the clock on the wall"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep what --output has of other workloads"
     )
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder")
     return parser.parse_args()

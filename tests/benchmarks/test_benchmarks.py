@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +33,8 @@ def record(tmp_path_factory):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads((output / "benchmarks.json").read_text()) | {"printed": done.stdout}
+    found = json.loads((output / "benchmarks.json").read_text())
+    return found | {"printed": done.stdout, "folder": output}
 
 
 def test_each_product_of_hvpops_is_right_to_rounding(record):
@@ -72,3 +75,30 @@ def test_a_peer_without_an_answer_is_shown_with_the_reason(record):
 def test_the_record_says_what_it_was_made_with(record):
     assert record["machine"]["threads"] == 1
     assert record["versions"]["torch"].startswith("2.")
+
+
+def test_a_record_can_be_read_again_and_added_to(record, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    report = importlib.import_module("report")
+    rows, curves = report.load(record["folder"])
+    assert json.loads(json.dumps([row.record() for row in rows])) == record["rows"]
+    assert curves == []
+
+
+def test_the_page_shows_what_was_measured(record, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    page = importlib.import_module("page")
+    row = next(r for r in record["rows"] if r["entrant"] == "hvpop, linearized")
+    filled = page.filled("<!-- measured: targets -->\nold\n<!-- end -->", record)
+    assert "old" not in filled
+    assert all(f"{outcome['ratio']:.2f}" in filled for outcome in record["targets"])
+    assert page._ratio(row) == f"**{row['ratio']:.2f}**"
+    assert page._ratio(row | {"status": "wrong"}).endswith(f"(wrong by {row['error']:.0e})")
+
+
+def test_the_page_is_complete():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    tables = re.findall(r"<!-- measured: [a-z ]+ -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert len(tables) == text.count("<!-- measured:") == 6
+    for picture in re.findall(r"\]\((images/[a-z]+\.png)\)", text):
+        assert (ROOT / "docs" / picture).stat().st_size > 10_000
