@@ -64,7 +64,7 @@ class Preparation:
         """The ways of running batches as one that are worth trying, in order."""
         if not self.complete or self._risk.mode == "full" or len(self.terms) < 2:
             return []
-        if self._risk.is_random(self.terms[0]):
+        if not self._risk.plain and self._risk.is_random(self.terms[0]):
             return []  # each batch has random numbers of its own
         own_weights = self._risk.average.weight is None
         ways = [concatenated, stacked] if own_weights else [stacked]
