@@ -1,5 +1,6 @@
 """Solvers native to torch, for any operator: they share passes and report true residuals."""
 
+from .block_cg import block_cg
 from .cg import cg
 from .direct import Direct
 from .functions import MatrixFunction, matrix_function
@@ -30,6 +31,7 @@ __all__ = [
     "SolveResult",
     "SteihaugResult",
     "Step",
+    "block_cg",
     "cg",
     "jacobi",
     "lsmr",

@@ -38,7 +38,7 @@ def cg(
     b : Tensor
         ``(n,)``, or ``(n, k)`` for k systems. Of the dtype and on the device of ``A``.
     x0 : Tensor, optional
-        Where to start, of the shape of ``b``; zero by default.
+        Where to start, of the shape of ``b``; zero by default, and where ``b`` is zero.
     preconditioner : LinearOperator, optional
         Symmetric positive definite, close to the inverse of ``A``: `nystrom`, `jacobi`, ...
     rtol, atol
@@ -74,7 +74,8 @@ def cg(
     Notes
     -----
     M. R. Hestenes, E. Stiefel (1952). True residuals and restarts are in the spirit of
-    H. A. van der Vorst, Q. Ye (2000). Memory: six blocks ``(n, k)``.
+    H. A. van der Vorst, Q. Ye (2000). A direction without positive curvature costs one more product,
+    which tells what is negative from rounding. Memory: six blocks ``(n, k)``.
 
     Examples
     --------
@@ -135,9 +136,13 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
     def step(self, state: _State) -> None:
         AP = self.multiply(state.P)
         curvature = torch.linalg.vecdot(state.P, AP, dim=0)
-        noise = self.eps * self.scale * torch.linalg.vecdot(state.P, state.P, dim=0)
-        flat = curvature <= noise
-        state.halt = torch.where(flat, torch.where(curvature < -noise, NEGATIVE, BREAKDOWN), GO)
+        squares = torch.linalg.vecdot(state.P, state.P, dim=0)
+        flat = curvature <= self.eps * self.scale * squares
+        if bool(flat.any()):
+            # a p from the null space has shown nothing of |A|; the rounding of A p shows more
+            self.multiply(AP[:, flat])
+        negative = curvature < -8 * self.eps * self.scale * squares
+        state.halt = torch.where(flat, torch.where(negative, NEGATIVE, BREAKDOWN), GO)
         alpha = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature))
         state.X.addcmul_(state.P, alpha)
         state.R.addcmul_(AP, alpha, value=-1)
@@ -150,8 +155,7 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
         state.error = torch.linalg.vector_norm(state.R, dim=0)
 
     def directions(self, state: _State) -> Tensor:
-        lengths: Tensor = torch.linalg.vector_norm(state.P, dim=0)
-        return state.P / lengths
+        return state.P / checks.norms(state.P)
 
     def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
         Z: Tensor = R if self.M is None else self.M @ R

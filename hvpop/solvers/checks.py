@@ -90,6 +90,22 @@ def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None
     return M.linearize()
 
 
+def sizes(V: Tensor) -> Tensor:
+    """A power of two near the largest entry of each column, ``(k,)``; 1 for zero.
+
+    Dividing by it changes no digit, and squares of entries neither over- nor underflow any more.
+    """
+    largest = torch.linalg.vector_norm(V, torch.inf, dim=0)
+    return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
+
+
+def norms(V: Tensor) -> Tensor:
+    """The Euclidean norms of the columns, also where squares of entries over- or underflow."""
+    size = sizes(V)
+    scaled: Tensor = torch.linalg.vector_norm(V / size, dim=0)
+    return size * scaled
+
+
 def limits(who: str, rtol: float, atol: float, max_steps: int | None) -> None:
     """Tolerances are not negative, steps are counted from 0."""
     if not (rtol >= 0 and atol >= 0):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
 from . import checks
+from .inverse import NotConverged
 
 
 class Direct:
@@ -14,6 +17,12 @@ class Direct:
 
     The factors of the last operator are kept for as long as it is the same matrix, so that in
     ``Inverse(A, solve=Direct())`` a linearized ``A`` is factorized once.
+
+    Warns
+    -----
+    NotConverged
+        If ``A x`` is known to no digit: ``A`` is singular up to rounding, and ``b`` not in its range. A
+        pivot that is zero is an error.
 
     Notes
     -----
@@ -39,6 +48,13 @@ class Direct:
         self._factorize(A)
         B = checks.columns("Direct", A, b)
         X: Tensor = torch.linalg.lu_solve(self._LU, self._pivots, B)
+        rounding = A.shape[0] * torch.finfo(X.dtype).eps * self._size * checks.norms(X)
+        if bool((rounding > checks.norms(B)).any()):
+            warnings.warn(
+                f"Direct: {A!r} is singular up to rounding, and so is the answer; damp it, or use lsmr",
+                NotConverged,
+                stacklevel=2,
+            )
         return X.reshape(b.shape)
 
     def logdet(self, A: LinearOperator) -> float:
@@ -64,3 +80,4 @@ class Direct:
         if int(info) or bool((LU.diagonal() == 0).any()):
             raise ValueError(f"Direct: {A!r} is singular; damp it, or use lsmr")
         self._LU, self._pivots, self._of = LU, pivots, A
+        self._size = float(torch.linalg.matrix_norm(dense))

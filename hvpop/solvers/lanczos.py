@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from . import checks
 
 
 class Lanczos:
@@ -31,7 +32,7 @@ class Lanczos:
         self.eps = torch.finfo(V.dtype).eps
         self.steps = self.products = 0
         self.columns = torch.arange(k, device=V.device)
-        norms = torch.linalg.vector_norm(V, dim=0)
+        norms = checks.norms(V)
         self.Q = V.new_zeros(k, 9, n)
         self.Q[:, 0] = (V / torch.where(norms > 0, norms, 1.0)).T
         self.T = V.new_zeros(k, 9, 9)
@@ -49,7 +50,7 @@ class Lanczos:
         alpha = torch.linalg.vecdot(q, W)
         for _ in range(2):  # twice makes it orthogonal to rounding
             W = W - ((basis @ W.unsqueeze(2)).mT @ basis).squeeze(1)
-        beta = torch.linalg.vector_norm(W, dim=1)
+        beta = checks.norms(W.T)
         if not bool(beta.isfinite().all()):
             raise FloatingPointError(
                 f"Lanczos on {self.A!r}: product {m + 1} is not finite; "

@@ -73,16 +73,24 @@ class Recurrence(ABC, Generic[S]):
         sizes: Tensor = torch.linalg.vector_norm(state.X, dim=0)
         return 8 * eps * self.scale * sizes
 
+    def noise(self, B: Tensor) -> Tensor | None:
+        """``(k,)``: a problem whose error at zero is no more than this has zero for its answer."""
+        return None
+
     def multiply(self, V: Tensor) -> Tensor:
         """``A V``, counted."""
-        self.products += V.shape[1]
         Y: Tensor = self.A @ V
+        self.count(V, Y)
+        return Y
+
+    def count(self, V: Tensor, Y: Tensor) -> None:
+        """Note a product ``Y`` of ``A``, or of its transpose, with ``V``."""
+        self.products += V.shape[1]
         growth = torch.linalg.vector_norm(Y, dim=0) / torch.linalg.vector_norm(V, dim=0).clamp_min(
             torch.finfo(self.dtype).tiny
         )
         if growth.numel():
             self.scale = torch.maximum(self.scale, growth.max())
-        return Y
 
     def residual(self, B: Tensor, X: Tensor | None) -> Tensor:
         """``B - A X``, in memory of its own; no product where ``X`` is None."""
@@ -129,7 +137,12 @@ class _Run(Generic[S]):
         self, recurrence: Recurrence[S], B: Tensor, X0: Tensor | None, *, vector: bool
     ) -> None:
         k = B.shape[1]
-        self.recurrence, self.B, self.X0, self.vector = recurrence, B, X0, vector
+        self.recurrence, self.vector = recurrence, vector
+        # solved in units of its own entries, so that no norm over- or underflows
+        self.size = checks.sizes(B)  # (k,)
+        self.B = B / self.size
+        # zero is the answer to zero: no start away from it has a residual to be compared with
+        self.X0 = None if X0 is None else torch.where((B == 0).all(0), 0.0, X0 / self.size)
         self.begun = False
         self.steps = 0
         self.columns = torch.arange(k, device=B.device)  # (running,)
@@ -144,13 +157,15 @@ class _Run(Generic[S]):
 
     def begin(self, rtol: float, atol: float) -> None:
         self.state = state = self.recurrence.start(self.B, self.X0)
-        norms = state.error if self.X0 is None else self.recurrence.start(self.B, None).error
-        self.target = (rtol * norms).clamp_min(atol)
+        zero = state if self.X0 is None else self.recurrence.start(self.B, None)
+        self.error_of_zero = zero.error.clone()
+        self.target = torch.maximum(rtol * zero.error, atol / self.size)
         self.x, self.error = state.X.clone(), state.error.clone()
         self.history = [state.error.clone()]
         self.begun = True
         self._require_finite()
         self._close(state.error <= self.target, "converged")
+        self._close_zeros()
 
     def step(self) -> None:
         self.recurrence.step(self.state)
@@ -159,6 +174,7 @@ class _Run(Generic[S]):
         row[self.columns] = self.state.error
         self.history.append(row)
         self._require_finite()
+        self._close_zeros()
         self._settle()
 
     def _settle(self) -> None:
@@ -215,6 +231,18 @@ class _Run(Generic[S]):
         for column in at.tolist():
             self.status[column] = "negative curvature"
 
+    def _close_zeros(self) -> None:
+        """Columns whose answer is zero, wherever they started; the noise becomes their target."""
+        noise = self.recurrence.noise(self.B)
+        if noise is None:
+            return
+        at = self.columns
+        zero = (self.error_of_zero <= noise)[at]
+        where = at[zero]
+        self.x[:, where], self.error[where] = 0.0, self.error_of_zero[where]
+        self.target[where] = torch.maximum(self.target[where], noise[where])
+        self._close(zero, "converged")
+
     def _close(self, mask: Tensor, status: Status) -> None:
         for column in self.columns[mask].tolist():
             self.status[column] = status
@@ -246,7 +274,7 @@ class _Run(Generic[S]):
             )
 
     def worst(self) -> str:
-        text = f"residual {worst(self._norms(), self.target)}"
+        text = f"residual {worst(self._norms() * self.size, self.target * self.size)}"
         return text if self.vector else f"{text}, {self.columns.numel()} columns"
 
     def _norms(self) -> Tensor:
@@ -257,15 +285,16 @@ class _Run(Generic[S]):
     def report(self) -> Step:
         x = self.x.clone()
         x[:, self.columns] = self.state.X
-        return Step(self.steps, self._as_b(x), self._norms(), self.recurrence.products)
+        norms = self._norms() * self.size
+        return Step(self.steps, self._as_b(x * self.size), norms, self.recurrence.products)
 
     def result(self) -> SolveResult:
         return SolveResult(
-            x=self._as_b(self.x),
+            x=self._as_b(self.x * self.size),
             status=tuple(self.status),
-            residual_norms=self.error,
-            targets=self.target,
-            history=torch.stack(self.history),
+            residual_norms=self.error * self.size,
+            targets=self.target * self.size,
+            history=torch.stack(self.history) * self.size,
             steps=self.steps,
             products=self.recurrence.products,
             directions=None if self.direction is None else self._as_b(self.direction),

@@ -41,7 +41,9 @@ def lsmr(
     damping
         Not negative; ``x`` solves ``(A'A + damping I) x = A'b``.
     rtol, atol
-        A column has converged when ``|g| <= max(rtol * |A'b|, atol)``.
+        A column has converged when ``|g| <= max(rtol * |A'b|, atol)``. Where ``A'b`` is nothing but
+        rounding, ``b`` being orthogonal to the range of ``A``, ``x = 0`` is the answer, and the target
+        is what rounding leaves: ``8 eps |A| |b|``, with ``|A|`` as far as the products have shown it.
     x0, max_steps, callback, progress
         As in `cg`; ``x0`` has n rows, and 10 min(m, n) steps are the default limit.
 
@@ -87,7 +89,7 @@ def lsmr(
     )
     X = result.x if b.ndim == 2 else result.x.unsqueeze(1)
     known = {f.name: getattr(result, f.name) for f in fields(result)}
-    known["residual_norms"] = torch.linalg.vector_norm(B - recurrence.A @ X, dim=0)
+    known["residual_norms"] = checks.norms(B - recurrence.A @ X)
     known["products"] += X.shape[1]
     return LeastSquaresResult(**known, gradient_norms=result.residual_norms)
 
@@ -123,10 +125,10 @@ class _LeastSquares(lockstep.Recurrence[_State]):
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         U = B.clone() if X is None else B - self._forward(X)
-        beta = torch.linalg.vector_norm(U, dim=0)
+        beta = checks.norms(U)
         U = U * _reciprocal(beta)
         V = self._back(U)
-        alpha = torch.linalg.vector_norm(V, dim=0)
+        alpha = checks.norms(V)
         V = V * _reciprocal(alpha)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         return _State(
@@ -172,8 +174,8 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         s_bar = theta * _reciprocal(rho_bar)
         zeta = torch.where(flat, 0.0, c_bar * t.zeta_bar)
 
-        t.H_bar = t.H - (theta_bar * rho * _reciprocal(t.rho * t.rho_bar)) * t.H_bar
-        t.X.addcmul_(t.H_bar, zeta * _reciprocal(rho * rho_bar))
+        t.H_bar = t.H - (theta_bar * _reciprocal(t.rho)) * (rho * _reciprocal(t.rho_bar)) * t.H_bar
+        t.X.addcmul_(t.H_bar, zeta * _reciprocal(rho) * _reciprocal(rho_bar))
         t.H = V - (theta * _reciprocal(rho)) * t.H
         t.zeta_bar = torch.where(flat, t.zeta_bar, -s_bar * t.zeta_bar)
         t.error = t.zeta_bar.abs()
@@ -183,14 +185,19 @@ class _LeastSquares(lockstep.Recurrence[_State]):
     def floor(self, state: _State) -> Tensor:
         return self.scale * (super().floor(state) + 8 * self.eps * state.rest)
 
+    def noise(self, B: Tensor) -> Tensor:
+        """What rounding leaves of ``A'b`` where it is zero."""
+        sizes: Tensor = torch.linalg.vector_norm(B, dim=0)
+        return 8 * self.eps * self.scale * sizes
+
     def _forward(self, V: Tensor) -> Tensor:
         AV = self.multiply(V)
         return torch.cat([AV, self.root * V]) if self.root else AV
 
     def _back(self, U: Tensor) -> Tensor:
         m = self.A.shape[0]
-        self.products += U.shape[1]
         AU: Tensor = self.A.T @ U[:m]
+        self.count(U[:m], AU)
         return AU + self.root * U[m:] if self.root else AU
 
 

@@ -99,10 +99,11 @@ class _Family:
 
     def __init__(self, A: LinearOperator, B: Tensor, C: Tensor, rtol: float, atol: float) -> None:
         s, (n, k) = C.numel(), B.shape
-        norms = torch.linalg.vector_norm(B, dim=0)
+        norms = checks.norms(B)
         self.A, self.B, self.C = A, B, C
         self.rtol, self.atol = rtol, atol
         self.target = (rtol * norms).clamp_min(atol)  # (k,)
+        self.claim = torch.maximum(self.target, torch.finfo(B.dtype).eps * norms)  # by recurrence
         self.steps = self.products = 0
         self.eps = torch.finfo(B.dtype).eps
         self.size = torch.zeros_like(norms)
@@ -114,7 +115,7 @@ class _Family:
         self.zeta = -norms.expand(s, k)  # the last entry of L^-1 |b|, sign to come
         self.error = norms.repeat(s, 1)  # (s, k)
         self.negative = torch.zeros(s, k, dtype=torch.bool, device=B.device)
-        self.running = self.error > self.target
+        self.running = self.error > self.claim
         self.history = [self.error.clone()]
 
     def step(self) -> None:
@@ -144,7 +145,7 @@ class _Family:
         self.V_last[:, live], self.beta[live], self.size[live] = V, beta_next, size
         self.V[:, live] = Y / torch.where(beta_next > 0, beta_next, 1.0)
         self.history.append(torch.where(self.running, self.error, torch.nan))
-        self.running &= ~self.negative & (self.error > self.target) & (self.beta > 0)
+        self.running &= ~self.negative & (self.error > self.claim) & (self.beta > 0)
 
     def _advance(
         self, i: int, at: Tensor, V: Tensor, alpha: Tensor, beta: Tensor, beta_next: Tensor
@@ -214,5 +215,4 @@ class _Family:
         AX = (self.A @ self.X.transpose(0, 1).reshape(n, s * k)).reshape(n, s, k).transpose(0, 1)
         self.products += s * k
         R: Tensor = self.B - AX - self.C[:, None, None] * self.X
-        norms: Tensor = torch.linalg.vector_norm(R, dim=1)
-        return norms
+        return checks.norms(R.transpose(0, 1))

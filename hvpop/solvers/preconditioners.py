@@ -141,11 +141,12 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> N
     gaussian = torch.randn(n, rank, generator=generator, dtype=torch.float64)
     Omega = torch.linalg.qr(gaussian.to(dtype=dtype, device=A.device)).Q
     Y: Tensor = A.linearize() @ Omega
-    if not bool(Y.isfinite().all()):
+    size = float(torch.linalg.matrix_norm(Y))
+    if not math.isfinite(size):
         raise FloatingPointError(f"nystrom({A!r}): the products are not finite")
     core = Omega.T @ Y
     core = (core + core.T) / 2
-    shift = torch.finfo(dtype).eps * math.sqrt(n) * float(torch.linalg.matrix_norm(Y))
+    shift = torch.finfo(dtype).eps * math.sqrt(n) * size
     lowest = float(torch.linalg.eigvalsh(core)[0])
     if lowest < 0:
         shift = max(shift, damping, -2 * lowest)

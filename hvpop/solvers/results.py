@@ -155,6 +155,8 @@ def outcome(status: Sequence[Status]) -> str:
     counts = Counter(status)
     if len(counts) == 1:
         return status[0]
+    if not counts:
+        return "no columns"
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 

@@ -66,7 +66,7 @@ def steihaug(
     >>> A = Diagonal(torch.tensor([1.0, -1.0], dtype=torch.float64))
     >>> g = torch.tensor([0.0, 1.0], dtype=torch.float64)
     >>> result = steihaug(A, g, 2.0)
-    >>> result.step, result.status, result.decrease
+    >>> result.step.round(decimals=12), result.status, round(result.decrease, 12)
     (tensor([ 0., -2.], dtype=torch.float64), 'negative curvature', 4.0)
     """
     checks.symmetric("steihaug", A, "the model s'As sees only its symmetric part")
@@ -82,12 +82,15 @@ def steihaug(
     A = A.linearize()
     limit = A.shape[0] if max_steps is None else max_steps
 
+    # solved in units of the gradient's own entries, so that no square over- or underflows
+    size = float(checks.sizes(r.unsqueeze(1)))
+    r, radius, atol = r / size, radius / size, atol / size
     g = r.clone()
     s = torch.zeros_like(r)
     z, rho = _precondition(A, M, r)
     p = -z
-    ss, sp, pp = 0.0, 0.0, rho  # products in the metric of the region
-    history = [float(r.norm())]
+    norm, ss, sp, pp = 0.0, 0.0, 0.0, rho  # in the metric of the region
+    history = [_length(r)]
     target = max(rtol * history[0], atol)
     status: TrustStatus = "max steps"
     direction, steps = None, 0
@@ -100,21 +103,24 @@ def steihaug(
             if not math.isfinite(curvature):
                 raise FloatingPointError(f"steihaug({A!r}): product {steps} is not finite")
             alpha = rho / curvature if curvature > 0 else math.inf
-            tau = _to_boundary(ss, sp, pp, radius)
+            tau = _to_boundary(norm, sp, pp, radius)
             if alpha >= tau:
-                s, r, ss = s + tau * p, r + tau * Ap, radius**2
-                history.append(float(r.norm()))
+                s, r, norm = s + tau * p, r + tau * Ap, radius
+                history.append(_length(r))
                 status = "boundary" if curvature > 0 else "negative curvature"
-                direction = None if curvature > 0 else p / p.norm()
+                direction = None if curvature > 0 else p / _length(p)
                 break
             s, r = s + alpha * p, r + alpha * Ap
             z, rho_next = _precondition(A, M, r)
             beta, rho = rho_next / rho, rho_next
-            ss, sp = ss + 2 * alpha * sp + alpha**2 * pp, beta * (sp + alpha * pp) - float(s @ r)
+            ss, sp = ss + alpha * (2 * sp + alpha * pp), beta * (sp + alpha * pp) - float(s @ r)
+            norm = math.sqrt(ss)
             p, pp = beta * p - z, rho + beta**2 * pp
-            history.append(float(r.norm()))
-            bar.update(lambda: f"residual {history[-1]:.2e} (target {target:.2e})")
-            if callback is not None and callback(Step(steps, s, r.norm().reshape(1), steps)):
+            history.append(_length(r))
+            bar.update(lambda: f"residual {history[-1] * size:.2e} (target {target * size:.2e})")
+            if callback is not None and callback(
+                Step(steps, s * size, checks.norms(r.unsqueeze(1)) * size, steps)
+            ):
                 status = "interrupted"
                 break
         else:
@@ -123,24 +129,29 @@ def steihaug(
         r, status = g + A @ s, "interrupted"  # s and r may be one step apart
     finally:
         bar.close()
+    length = _length(s) or 1.0
     return SteihaugResult(
-        step=s,
+        step=s * size,
         status=status,
-        decrease=-0.5 * float(s @ (g + r)),
-        norm=math.sqrt(ss),
-        residual_norm=float(r.norm()),
-        history=torch.tensor(history, dtype=torch.float64),
+        decrease=-0.5 * float((s / length) @ (g + r)) * (length * size) * size,
+        norm=norm * size,
+        residual_norm=_length(r) * size,
+        history=torch.tensor(history, dtype=torch.float64) * size,
         steps=steps,
         products=steps,
         direction=direction,
     )
 
 
-def _to_boundary(ss: float, sp: float, pp: float, radius: float) -> float:
-    """The positive ``tau`` with ``|s + tau p| = radius``, without cancellation."""
-    gap = max(radius**2 - ss, 0.0)
-    root = math.sqrt(sp**2 + pp * gap)
-    return gap / (sp + root) if sp > 0 else (root - sp) / pp
+def _length(v: Tensor) -> float:
+    return float(checks.norms(v.unsqueeze(1)))
+
+
+def _to_boundary(norm: float, sp: float, pp: float, radius: float) -> float:
+    """The positive ``tau`` with ``|s + tau p| = radius``, without cancellation or overflow."""
+    reach = math.sqrt(max(radius - norm, 0.0)) * math.sqrt(radius + norm)  # squared: radius^2 - ss
+    root = math.hypot(sp, math.sqrt(pp) * reach)
+    return reach * (reach / (sp + root)) if sp > 0 else (root - sp) / pp
 
 
 def _precondition(A: LinearOperator, M: LinearOperator | None, r: Tensor) -> tuple[Tensor, float]:

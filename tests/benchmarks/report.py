@@ -158,6 +158,7 @@ def save(rows: Sequence[Row], curves: Sequence[Curve], folder: Path) -> None:
 
 def _bars(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -177,6 +178,8 @@ def _bars(rows: Sequence[Row], path: Path) -> None:
         for y, row in enumerate(shown):
             ax.text(row.ratio, y, f" {row.ratio:.3g}", va="center", fontsize=8)
         ax.margins(x=0.15)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         for limit, style in _limits(shown):
             ax.axvline(limit, color="k", linewidth=1, linestyle=style)
         absent = [f"{r.entrant}: {r.status.partition(':')[0]}" for r in group if not r.ratio]
@@ -210,6 +213,9 @@ def _scaling(curves: Sequence[Curve], path: Path) -> None:
         sizes = chosen[-1].sizes
         last = 1e3 * max(c.seconds[-1] for c in chosen)
         ax.loglog(sizes, [last * s / sizes[-1] for s in sizes], "k:", label="linear")
+        ax.set_xticks(sizes, [f"{s:,}" if s < 10_000 else f"{s / 1e6:.2f} M" for s in sizes])
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_xlabel(axis)
         ax.set_ylabel("ms a product")
         ax.legend()

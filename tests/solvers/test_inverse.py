@@ -87,6 +87,15 @@ def test_a_singular_matrix_is_refused_by_the_direct_solver() -> None:
         Direct()(Dense(normal(3, 2)), normal(3))
 
 
+def test_a_matrix_that_is_singular_up_to_rounding_warns() -> None:
+    """No pivot of it is zero; the answer is as long as rounding allows."""
+    A = dense(torch.cat([torch.zeros(40), torch.linspace(1, 5, 80)]).to(F64))
+    with pytest.warns(NotConverged, match="singular up to rounding"):
+        Direct()(A, normal(N))
+    Direct()(dense(powers(-10)), normal(N))  # ill-conditioned, with digits left
+    Direct()(Diagonal(torch.tensor([1e-20, 1.0], dtype=F64)), torch.tensor([0.0, 1.0], dtype=F64))
+
+
 def test_the_inverse_follows_a_live_model_until_it_is_linearized() -> None:
     model = torch.nn.Linear(2, 1, bias=False).double()
     X, y = normal(8, 2), normal(8, 1, seed=1)

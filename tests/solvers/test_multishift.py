@@ -64,6 +64,13 @@ def test_the_dtypes_floor_is_recognised() -> None:
     assert result.status == (("stagnated",),)
 
 
+def test_a_tolerance_of_zero_ends_at_the_dtypes_floor_too() -> None:
+    result = multishift_cg(dense(powers(-2)), normal(N), [0.1, 1.0], rtol=0.0)
+    assert result.status == (("stagnated",),) * 2
+    assert result.steps < 3 * N
+    assert bool((result.residual_norms <= 1e-12).all())
+
+
 def test_limits_and_interruptions_are_reported() -> None:
     A, b = dense(powers(-6)), normal(N)
     assert multishift_cg(A, b, [1e-6], max_steps=3).status == (("max steps",),)
