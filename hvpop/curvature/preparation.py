@@ -82,6 +82,8 @@ class Preparation:
         for group in self._groups(join):
             joined = join(group) if join and len(group) > 1 else None
             if joined is not None:
+                if join is concatenated:  # no larger than the graphs of its batches; spares a look
+                    self._graph_bytes[_shape(joined)] = sum(map(self._size, group))
                 self.parts.append(Part(joined, len(group), self._kept_map(joined)))
             else:
                 self.parts += [Part(term, 1, self._kept_map(term)) for term in group]

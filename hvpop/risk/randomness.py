@@ -21,7 +21,9 @@ def private_rng(seed: int) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         try:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+            if devices:
+                torch.cuda.manual_seed_all(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
             yield

@@ -102,15 +102,17 @@ class Lanczos(Task[Krylov]):
         T[:, j:] = C
         T[j:, :j] = C[:j].T
         T[j:, j:] = (C[j:] + C[j:].T) / 2
-        norm = max(state.norm, torch.linalg.eigvalsh(T).abs().max().item())
+        theta, S = torch.linalg.eigh(T)
+        norm = max(state.norm, -theta[0].item(), theta[-1].item())
         products = state.products + X.shape[1]
         X, coupling = self._next(F, Q, norm, products)
         grown = replace(state, size=size, X=X, T=T, norm=norm, products=products)
-        return self._searched(grown, coupling) if state.search else self._ranked(grown, coupling)
+        if state.search:
+            return self._searched(grown, coupling)
+        return self._ranked(grown, coupling, theta, S)
 
-    def _ranked(self, state: Krylov, coupling: Tensor) -> Krylov:
+    def _ranked(self, state: Krylov, coupling: Tensor, theta: Tensor, S: Tensor) -> Krylov:
         """The Ritz pairs; measured, once their estimated residuals are small enough."""
-        theta, S = torch.linalg.eigh(state.T)
         order = _order(theta, self.which)
         theta, S = theta[order], S[:, order]
         estimates = (coupling @ S[-coupling.shape[1] :]).norm(dim=0)
@@ -220,14 +222,15 @@ class Lanczos(Task[Krylov]):
         V, s, Vh = torch.linalg.svd(R)
         s, Vh = s.cpu().double(), Vh.cpu().double()
         alive = s > 10 * self.eps * norm
-        X = X @ V
+        X, rounds = X @ V, 1  # F is orthogonal to Q, but for rounding in units of A X, not of F
         if not alive.all():
+            rounds = 3
             lost = (~alive).nonzero()[:, 0].to(X.device)
             X[:, lost] = self._random(lost.shape[0], "lost", place)
             s = torch.where(alive, s, 0.0)
         X = X[:, :space]
         coupling = (s[:, None] * Vh)[:space]
-        return self._orthonormal(X, Q), coupling
+        return self._orthonormal(X, Q, rounds), coupling
 
     def _restarted(self, state: Krylov, keep: int, X: Tensor) -> Krylov:
         rows = state.S.shape[0]
@@ -247,23 +250,27 @@ class Lanczos(Task[Krylov]):
         S = state.S[:, :k].to(state.Q)
         theta = state.theta[:k].to(S)
         R = state.W[:rows].T @ S - state.Q[:rows].T @ (S * theta)
-        inside = R - self.U @ (self.U.T @ R)
+        inside = self._searchable(R)
         norms = [torch.linalg.vector_norm(V, dim=0).cpu().double() for V in (R, inside)]
         return norms[0], norms[1]
 
     def _against(self, V: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         """``V`` without its part in ``Q`` and the deflated space, and its coefficients in ``Q``."""
-        V = V - self.U @ (self.U.T @ V)
+        V = self._searchable(V)
         C = Q.T @ V
         V = V - Q @ C
         D = Q.T @ V  # "twice is enough"
         V = V - Q @ D
-        return V - self.U @ (self.U.T @ V), (C + D).cpu().double()
+        return self._searchable(V), (C + D).cpu().double()
 
-    def _orthonormal(self, V: Tensor, Q: Tensor | None = None) -> Tensor:
+    def _searchable(self, V: Tensor) -> Tensor:
+        """``V`` without its part in the deflated space."""
+        return V - self.U @ (self.U.T @ V) if self.U.shape[1] else V
+
+    def _orthonormal(self, V: Tensor, Q: Tensor | None = None, rounds: int = 3) -> Tensor:
         """An orthonormal basis of ``V``, orthogonal to the deflated space and to ``Q``."""
-        for _ in range(3 if V.shape[1] else 0):
-            V = V - self.U @ (self.U.T @ V)
+        for _ in range(rounds if V.shape[1] else 0):
+            V = self._searchable(V)
             if Q is not None:
                 V = V - Q @ (Q.T @ V)
             V = torch.linalg.qr(V)[0]
