@@ -64,7 +64,7 @@ class LinearizedHessian(LinearOperator):
     Made by that method. Parameters, buffers and train or eval mode are those of that moment. The
     first product reads the data once and prepares: batches are held, small ones are run as one,
     and what does not depend on the vector is computed once and kept, as far as the budget allows;
-    what does not fit is computed again for each product. After some hundred products of a model of
+    what does not fit is computed again for each product. After some thousand products of a model of
     ordinary layers the maps are traced, as by `Compiled` without its compiler.
 
     Examples
