@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from math import isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ def budget_in_bytes(memory: Memory, device: torch.device) -> int:
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"memory must be bytes or text such as '2GiB', got {memory!r}")
         return int(float(match[1]) * _UNITS[match[2].lower()])
+    if isinstance(memory, bool) or not isinstance(memory, Real) or not isfinite(memory):
+        raise TypeError(f"memory must be bytes or text such as '2GiB', got {memory!r:.60}")
     if memory < 0:
         raise ValueError(f"memory must not be negative, got {memory}")
     return int(memory)

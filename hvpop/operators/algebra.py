@@ -105,6 +105,11 @@ class Product(Composite):
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return reduce(lambda W, part: part._apply_transpose(W), self.parts, U)
 
+    def _transpose(self) -> LinearOperator:  # so that A.T @ A is seen to be symmetric
+        return self if self.symmetric else Product(*(part.T for part in reversed(self.parts)))
+
+    _adjoint = _transpose
+
 
 class Scaled(Composite):
     """``c * A``."""
@@ -118,6 +123,11 @@ class Scaled(Composite):
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return self.scale * self.parts[0]._apply_transpose(U)
+
+    def _transpose(self) -> LinearOperator:
+        return self if self.symmetric else Scaled(self.scale, self.parts[0].T)
+
+    _adjoint = _transpose
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.parts[0]._batch_forms(V, batches)

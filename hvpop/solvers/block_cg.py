@@ -52,7 +52,7 @@ def block_cg(
     -----
     D. P. O'Leary (1980), in the form of A. A. Dubrulle (2001), which keeps the residuals as an
     orthonormal basis times small coefficients: dependent columns, and columns that converge before
-    others, do no harm. "converged" is said of true residuals only. Memory: six blocks ``(n, k)``;
+    others, do no harm. "converged" is said of true residuals only. Memory: seven blocks ``(n, k)``;
     beside the products ``8 n k^2`` operations a step.
 
     Examples
@@ -68,6 +68,7 @@ def block_cg(
     """
     checks.symmetric("block_cg", A)
     checks.limits("block_cg", rtol, atol, max_steps)
+    checks.callback("block_cg", callback)
     B = checks.columns("block_cg", A, b)
     X0 = checks.start("block_cg", A, b, x0)
     run = _Run(A.linearize(), B, X0, rtol, atol)
@@ -100,7 +101,10 @@ class _Run:
         self.A = A
         self.size = checks.sizes(B)  # (k,)
         self.B = B / self.size
-        self.X = torch.zeros_like(B) if X0 is None else X0 / self.size
+        # zero is the answer to zero, wherever it started
+        self.X = (
+            torch.zeros_like(B) if X0 is None else torch.where((B == 0).all(0), 0.0, X0 / self.size)
+        )
         self.target = torch.maximum(rtol * checks.norms(self.B), atol / self.size)  # (k,)
         self.steps = self.products = 0
         self.scale = 0.0  # the largest |A s| / |s| seen
@@ -112,6 +116,8 @@ class _Run:
         self.C: Tensor  # (r, k)
         self.S: Tensor  # (n, r), search directions
         self.error: Tensor  # (k,)
+        self.best: Tensor  # (n, k), where the error was `least` since the last start
+        self.least: Tensor  # (k,)
         self.checked: bool  # whether the error is that of true residuals
         self._start(self.B if X0 is None else self.B - self._multiply(self.X))
 
@@ -143,6 +149,19 @@ class _Run:
         self.error = torch.linalg.vector_norm(self.C, dim=0)
         self.checked = False
         self.history.append(self.error.clone())
+        self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Go back to the best iterates, and stop, if errors have grown beyond any return.
+
+        So they do where ``A`` is singular and has no solution: ``X`` runs away along its null space.
+        """
+        better = self.error <= self.least
+        self.best = torch.where(better, self.X, self.best)
+        self.least = torch.where(better, self.error, self.least)
+        eps = torch.finfo(self.X.dtype).eps
+        if not bool((self.error <= self.least / eps**0.5).all()):
+            self.X, self.failure = self.best, "stagnated"
 
     def result(self, b: Tensor, unfinished: Status) -> SolveResult:
         if not self.checked:
@@ -173,6 +192,7 @@ class _Run:
         self.S = self.Q
         self.error = checks.norms(R)
         self.true, self.checked = self.error, True
+        self.best, self.least = self.X.clone(), self.error
         if not self.history:
             self.history.append(self.error.clone())
 
@@ -191,6 +211,7 @@ class _Run:
         direction = self.S @ vectors[:, 0]
         length = direction.norm()
         eps = torch.finfo(self.A.torch_dtype).eps
-        self.failure = "stagnated"
+        self.failure, self.checked = "stagnated", False
+        self.X = self.best
         if float(curvatures[0] / length**2) < -len(W) * eps * self.scale:
             self.failure, self.direction = "negative curvature", direction / length

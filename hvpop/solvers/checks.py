@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 
 
 def columns(
@@ -18,7 +18,7 @@ def columns(
     if not isinstance(b, Tensor):
         raise TypeError(
             f"{who} expects {name} as a torch tensor, got {type(b).__name__}; use torch.as_tensor"
-            f"({name}), or Inverse(A) @ {name} and SciPy's solvers, which take arrays"
+            f"({name})" + (", or Inverse(A) @ b, which takes arrays" if name == "b" else "")
         )
     if b.ndim not in (1, 2) or b.shape[0] != m:
         raise ValueError(
@@ -108,10 +108,14 @@ def norms(V: Tensor) -> Tensor:
 
 def limits(who: str, rtol: float, atol: float, max_steps: int | None) -> None:
     """Tolerances are not negative, steps are counted from 0."""
-    if not (rtol >= 0 and atol >= 0):
-        raise ValueError(f"{who} expects rtol, atol >= 0, got {rtol}, {atol}")
-    if max_steps is not None and max_steps < 0:
-        raise ValueError(f"{who} expects max_steps >= 0, got {max_steps}")
+    arguments.not_negative(who, rtol=rtol, atol=atol)
+    arguments.counts(who, least=0, max_steps=max_steps)
+
+
+def callback(who: str, function: Any) -> None:
+    """What is to be called after each step can be called."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{who} expects callback as a function of a Step, got {function!r:.60}")
 
 
 def working_dtype(A: LinearOperator) -> torch.dtype:

@@ -129,7 +129,13 @@ class Evaluation:
             return self.f(x, 10 * shift)
 
         values = f(ritz)
-        if values.shape != ritz.shape or not bool(values.isfinite().all()):
+        if not isinstance(values, torch.Tensor) or values.shape != ritz.shape:
+            got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(
+                f"{self.who}: f must be elementwise: of eigenvalues {tuple(ritz.shape)} it gave {got}"
+            )
+        values = values.to(ritz)
+        if not bool(values.isfinite().all()):
             lowest, highest = ritz.min().item(), ritz.max().item()
             raise ValueError(
                 f"{self.who}: f must be finite on the spectrum{self.f.domain}; "

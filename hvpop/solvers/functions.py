@@ -96,6 +96,10 @@ class MatrixFunction(Composite):
             raise ValueError(
                 f"matrix_function knows {', '.join(_FUNCTIONS)} or a callable, got {f!r}"
             )
+        if not isinstance(f, str) and not callable(f):
+            raise TypeError(
+                f"matrix_function expects f as a name or a function of eigenvalues, got {f!r:.60}"
+            )
         super().__init__((A,), A.shape, symmetric=True)
         self.f, self.rtol, self.atol = f, rtol, atol
         self.max_steps = min(A.shape[0], 200) if max_steps is None else max_steps

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator, LowRank
 from ..operators.algebra import Composite
+from . import checks
 from .cg import cg
 from .results import SolveResult
 
@@ -51,10 +52,15 @@ class Inverse(Composite):
     """
 
     def __init__(self, A: LinearOperator, solve: Solver = cg) -> None:
-        if not isinstance(A, LinearOperator) or A.shape[0] != A.shape[1]:
+        checks.operator("Inverse", A)
+        if A.shape[0] != A.shape[1]:
             raise ValueError(
-                f"Inverse expects a square hvpop.LinearOperator, got {A!r}; "
-                "lsmr solves rectangular systems"
+                f"Inverse expects a square operator, got {A!r}; lsmr solves rectangular systems"
+            )
+        if not callable(solve):
+            raise TypeError(
+                f"Inverse expects solve as a function of an operator and columns, such as cg, minres "
+                f"or partial(cg, rtol=1e-8), got {solve!r:.60}"
             )
         super().__init__((A,), A.shape, symmetric=A.symmetric)
         self.solve = solve
@@ -85,6 +91,11 @@ class Inverse(Composite):
         result = self.solve(A, V)
         if isinstance(result, Tensor):
             return result
+        if not isinstance(result, SolveResult):
+            raise TypeError(
+                f"{self!r} expects its solver to return a SolveResult or the solution as a tensor, "
+                f"got {type(result).__name__}"
+            )
         if not result.converged:
             warnings.warn(f"{self!r}: {result}", NotConverged, stacklevel=2)
         return result.x

@@ -111,6 +111,7 @@ def solve(
     progress: bool,
 ) -> SolveResult:
     """Run the recurrence for the columns ``B`` of ``b`` until each one ends."""
+    checks.callback(recurrence.who, callback)
     run = _Run(recurrence, B, X0, vector=b.ndim == 1)
     bar = Bar(recurrence.who, progress)
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import checks, lockstep
 from .lockstep import BREAKDOWN, GO
 from .results import Callback, LeastSquaresResult
@@ -71,8 +71,7 @@ def lsmr(
     """
     checks.operator("lsmr", A)
     checks.limits("lsmr", rtol, atol, max_steps)
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"lsmr expects a finite damping >= 0, got {damping}")
+    arguments.not_negative("lsmr", damping=damping)
     B = checks.columns("lsmr", A, b)
     X0 = checks.start("lsmr", A, b, x0)
     recurrence = _LeastSquares(A.linearize(), math.sqrt(damping))

@@ -68,8 +68,12 @@ def multishift_cg(
     """
     checks.symmetric("multishift_cg", A, "solve shift by shift with lsmr")
     checks.limits("multishift_cg", rtol, atol, max_steps)
+    checks.callback("multishift_cg", callback)
     B = checks.columns("multishift_cg", A, b)
-    C = torch.as_tensor(shifts, dtype=B.dtype, device=B.device).detach()
+    try:
+        C = torch.as_tensor(shifts, dtype=B.dtype, device=B.device).detach()
+    except (TypeError, ValueError):
+        C = B.new_empty(0)
     if C.ndim != 1 or C.numel() == 0 or not bool(C.isfinite().all()):
         raise ValueError(f"multishift_cg expects shifts as a list of finite numbers, got {shifts}")
     A = A.linearize()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..operators import Diagonal, LinearOperator
+from ..operators import Diagonal, LinearOperator, arguments
 from . import checks
 
 
@@ -41,8 +41,7 @@ def jacobi(A: LinearOperator, samples: int = 32, *, seed: int = 0) -> Diagonal:
     tensor([1.0000, 0.2500])
     """
     checks.symmetric("jacobi", A, "no preconditioner here is for it")
-    if samples < 2:
-        raise ValueError(f"jacobi expects at least 2 samples, got {samples}")
+    arguments.counts("jacobi", least=2, samples=samples)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (A.shape[0], samples), generator=generator) * 2 - 1
     V = signs.to(dtype=checks.working_dtype(A), device=A.device)
@@ -132,10 +131,10 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> N
     """
     checks.symmetric("nystrom", A, "no preconditioner here is for it")
     n = A.shape[0]
-    if not 1 <= rank <= n:
+    arguments.counts("nystrom", rank=rank)
+    if rank > n:
         raise ValueError(f"nystrom({A!r}) expects a rank between 1 and {n}, got {rank}")
-    if not 0 < damping < math.inf:
-        raise ValueError(f"nystrom expects a finite damping > 0, got {damping}")
+    arguments.positive("nystrom", damping=damping)
     dtype = checks.working_dtype(A)
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(n, rank, generator=generator, dtype=torch.float64)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import checks
 from .progress import Bar
 from .results import Callback, SteihaugResult, Step, TrustStatus
@@ -77,8 +77,7 @@ def steihaug(
         )
     r = checks.columns("steihaug", A, g, "g").squeeze(1).clone()
     M = checks.preconditioner("steihaug", A, preconditioner)
-    if not 0 < radius < math.inf:
-        raise ValueError(f"steihaug expects a finite radius > 0, got {radius}")
+    arguments.positive("steihaug", radius=radius)
     A = A.linearize()
     limit = A.shape[0] if max_steps is None else max_steps
 

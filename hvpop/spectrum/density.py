@@ -11,7 +11,7 @@ import torch
 from scipy.special import chdtri
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import operand
 from .quadrature import Quadrature
 from .results import Density
@@ -74,7 +74,8 @@ def spectral_density(
     True
     """
     task = _Density(operand.symmetric("spectral_density", A), rtol, block, seed)
-    operand.positive("spectral_density", steps=steps, width=width)
+    arguments.counts("spectral_density", steps=steps)
+    arguments.positive("spectral_density", width=width)
     task.steps, task.width = min(steps, A.shape[0]), width
     state, status = sample(task, max_products, progress, checkpoint)
     quadrature = task.complete(state)

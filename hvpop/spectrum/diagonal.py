@@ -63,7 +63,9 @@ def diagonal(
     if method not in get_args(DiagonalMethod):
         raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
     if method == "xdiag":
-        by_sketch = _XDiag(operand.symmetric("diagonal by xdiag", A), rtol, block, seed)
+        by_sketch = _XDiag(
+            operand.symmetric("diagonal by xdiag", A, operand.HUTCHINSON), rtol, block, seed
+        )
         return _estimate(by_sketch, max_products, progress, checkpoint)
     task = _Hutchinson(operand.square("diagonal", A), rtol, block, seed)
     return _estimate(task, max_products, progress, checkpoint)

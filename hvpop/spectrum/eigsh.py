@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import operand, spread
 from .lanczos import Lanczos, Which
 from .loop import run
@@ -50,7 +50,8 @@ def eigsh(
     v0 : Tensor, optional
         Earlier eigenvectors or other guesses, ``(n,)`` or ``(n, j)``; they need not be orthonormal.
     deflate : Tensor, optional
-        Known eigenvectors ``(n, d)``; the search runs in their orthogonal complement.
+        Known eigenvectors ``(n, d)``; the search runs in their orthogonal complement, and finds
+        nothing more exact than they are.
     rtol : float, optional
         A pair counts as found when ``|A v - lambda v| <= rtol |A|``. The default is the square root
         of the machine epsilon: an eigenvalue apart from the others is then exact to rounding,
@@ -73,8 +74,8 @@ def eigsh(
     -------
     Eigenpairs
         Ascending eigenvalues. ``status`` is "converged", "max products", "stagnated" (``rtol`` is
-        below what the dtype allows) or "interrupted" (Ctrl-C); then the pairs are the best so far,
-        and `residuals` tell how good.
+        below what the dtype or the deflated vectors allow) or "interrupted" (Ctrl-C); then the pairs
+        are the best so far, fewer than ``k`` after fewer products, and `residuals` tell how good.
 
     Notes
     -----
@@ -101,7 +102,7 @@ def eigsh(
     A = operand.symmetric("eigsh", A)
     task = Lanczos(A, k, which, block, basis, v0, deflate, rtol, seed)
     budget = 1000 + 40 * k if max_products is None else max_products
-    operand.positive("eigsh", max_products=budget)
+    arguments.counts("eigsh", max_products=budget)
     if data_error:
         spread.required("eigsh", A)
     state, status = run(task, max_products=budget, progress=progress, checkpoint=checkpoint)

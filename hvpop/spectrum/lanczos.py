@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import operand, probes
 from .checkpoint import digest
 from .loop import Task
@@ -59,13 +59,16 @@ class Lanczos(Task[Krylov]):
         self.A, self.k, self.which, self.seed = A, k, which, seed
         self.dtype = operand.working_dtype(A)
         n = A.shape[0]
+        self.v0 = self._columns("v0", v0)
         self.U = torch.linalg.qr(self._columns("deflate", deflate))[0]
         self.room = n - self.U.shape[1]  # the dimension of the space that is searched
         if which not in get_args(Which):
             raise ValueError(f"eigsh expects which in {get_args(Which)}, got {which!r}")
-        if not 1 <= k <= self.room:
+        arguments.counts("eigsh", k=k)
+        if k > self.room:
             raise ValueError(f"eigsh expects 1 <= k <= {self.room} for {A!r}, got k={k}")
-        operand.positive("eigsh", block=block, rtol=rtol)
+        arguments.counts("eigsh", block=block, basis=basis)
+        arguments.positive("eigsh", rtol=rtol)
         self.block = min(block, self.room)
         wish = max(20, 2 * k) + 10 * block if basis is None else basis
         if wish < k + 2 * block and wish < self.room:
@@ -75,7 +78,6 @@ class Lanczos(Task[Krylov]):
         self.keep = max(self.keep, k)
         self.eps = torch.finfo(self.dtype).eps
         self.rtol = self.eps**0.5 if rtol is None else rtol
-        self.v0 = self._columns("v0", v0)
 
     # -- the steps --------------------------------------------------------------------------------
 
@@ -180,6 +182,10 @@ class Lanczos(Task[Krylov]):
         ascending = state.theta[:k].argsort()
         Y = state.Q[: state.S.shape[0]].T @ state.S[:, ascending].to(state.Q)
         residuals, _ = self.measured(state)
+        # Eigenvectors found to the same tolerance may add as much as this from outside the search.
+        allowed = (1 + self.U.shape[1] ** 0.5) * self.rtol * state.norm
+        if status == "converged" and self.U.shape[1] and residuals.max() > allowed:
+            status = "stagnated"
         eigenvalues, residuals = state.theta[ascending].to(Y), residuals[ascending].to(Y)
         return Eigenpairs(eigenvalues, Y, residuals, state.products, status, state.history)
 
@@ -201,11 +207,7 @@ class Lanczos(Task[Krylov]):
         Z /= torch.linalg.vector_norm(Z, dim=0)
         if self.v0.shape[1] == 0:
             return Z
-        V = self.v0.to(self.dtype)
-        lengths = torch.linalg.vector_norm(V, dim=0)
-        if not torch.isfinite(lengths).all() or (lengths == 0).any():
-            raise ValueError("eigsh expects v0 with finite columns that are not zero")
-        V = V / lengths
+        V = self.v0 / torch.linalg.vector_norm(self.v0, dim=0)
         for i in range(self.block):
             if i < V.shape[1]:
                 Z[:, i] = V[:, i :: self.block].sum(1) + _RANDOM_PART * Z[:, i]
@@ -291,7 +293,11 @@ class Lanczos(Task[Krylov]):
         if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != n:
             got = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
             raise ValueError(f"eigsh expects {name} to be a tensor ({n},) or ({n}, j), got {got}")
-        return V.detach().to(self.A.device, self.dtype).reshape(n, -1)
+        V = V.detach().to(self.A.device, self.dtype).reshape(n, -1)
+        lengths = torch.linalg.vector_norm(V, dim=0)
+        if not torch.isfinite(lengths).all() or (lengths == 0).any():
+            raise ValueError(f"eigsh expects {name} with finite columns that are not zero")
+        return V
 
     # -- checkpoint -------------------------------------------------------------------------------
 

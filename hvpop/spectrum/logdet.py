@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import operand
 from .quadrature import Quadrature
 from .results import Estimate
@@ -59,7 +59,7 @@ def logdet(
     (True, 'converged')
     """
     task = _LogDet(operand.symmetric("logdet", A), rtol, block, seed)
-    operand.positive("logdet", steps=steps)
+    arguments.counts("logdet", steps=steps)
     task.steps = min(steps, A.shape[0])
     return task.estimate(max_products, progress, checkpoint)
 

@@ -9,11 +9,16 @@ import torch
 from ..operators import LinearOperator
 
 
-def symmetric(who: str, A: Any) -> LinearOperator:
+def symmetric(
+    who: str, A: Any, instead: str = "symmetrize it, or take svds of SciPy"
+) -> LinearOperator:
     """``A`` linearized, or an error that says why ``who`` cannot use it."""
     checked = operator(who, A)
     if not checked.symmetric:
-        raise ValueError(f"{who} expects a symmetric operator, got {A!r} with symmetric=False")
+        raise ValueError(
+            f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or build "
+            "it with symmetric=True if it is symmetric"
+        )
     return checked
 
 
@@ -37,13 +42,10 @@ def operator(who: str, A: Any) -> LinearOperator:
     return A.linearize()
 
 
+HUTCHINSON = "method='hutchinson' takes any square one"
+"""What to do with an operator that is not symmetric."""
+
+
 def working_dtype(A: LinearOperator) -> torch.dtype:
     """What to compute in: the operator's dtype, float32 for half precision."""
     return torch.promote_types(A.torch_dtype, torch.float32)
-
-
-def positive(who: str, **numbers: int | float | None) -> None:
-    """Refuse arguments that are not positive; None passes."""
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{who} expects {name} > 0, got {name}={number!r}")

@@ -12,7 +12,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import operand
 from .loop import Task, run
 from .results import Estimate, Status
@@ -74,7 +74,8 @@ class Sampling(Task[S]):
     state_type: type[S]
 
     def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: int) -> None:
-        operand.positive(self.name, rtol=rtol, block=block)
+        arguments.positive(self.name, rtol=rtol)
+        arguments.counts(self.name, block=block)
         self.A, self.rtol, self.block, self.seed = A, rtol, block, seed
         self.dtype = operand.working_dtype(A)
 
@@ -151,6 +152,7 @@ def sample(
     task: Sampling[S], max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
 ) -> tuple[S, Status]:
     """`run`, after a check that the budget is enough for two probes."""
+    arguments.counts(task.name, max_products=max_products)
     if max_products < 2 * task.unit:
         raise ValueError(
             f"{task.name} expects max_products >= {2 * task.unit}, two probes, got {max_products}"

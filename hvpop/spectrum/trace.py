@@ -81,7 +81,9 @@ def trace(
         task: Sampling[Any] = _Hutchinson(operand.square("trace", A), rtol, block, seed)
     else:
         kind = _XTrace if method == "xtrace" else _HutchPlusPlus
-        task = kind(operand.symmetric(f"trace by {method}", A), rtol, block, seed)
+        task = kind(
+            operand.symmetric(f"trace by {method}", A, operand.HUTCHINSON), rtol, block, seed
+        )
     if data_error:
         spread.required("trace", task.A)
     found = task.estimate(max_products, progress, checkpoint)

@@ -78,6 +78,12 @@ class Compiled(HVPStrategy):
     """
 
     def __init__(self, strategy: HVPStrategy | None = None, *, compiler: bool = True) -> None:
+        if strategy is not None and not isinstance(strategy, HVPStrategy):
+            raise TypeError(
+                f"Compiled expects an hvpop.HVPStrategy to wrap, got {type(strategy).__name__}"
+            )
+        if not isinstance(compiler, bool):
+            raise TypeError(f"Compiled expects compiler as True or False, got {compiler!r:.60}")
         self.strategy = ReverseOverReverse() if strategy is None else strategy
         self.compiler = compiler
         self.fallback_reason: str | None = None

@@ -12,6 +12,7 @@ import torch
 from hvpop import Dense, Diagonal, Identity
 from hvpop.solvers import (
     Inverse,
+    block_cg,
     cg,
     jacobi,
     lsmr,
@@ -30,6 +31,7 @@ b = torch.ones(6, dtype=F64)
 
 SOLVERS: dict[str, Callable[..., Any]] = {
     "cg": cg,
+    "block_cg": block_cg,
     "minres": minres,
     "lsmr": lsmr,
     "multishift_cg": lambda A, b, **options: multishift_cg(A, b, [0.0], **options),
@@ -78,9 +80,22 @@ def test_an_operator_that_is_not_symmetric_is_refused(name: str) -> None:
 
 
 @EVERY
-def test_tolerances_below_zero_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="rtol, atol >= 0"):
-        SOLVERS[name](A, b, rtol=-1.0)
+def test_tolerances_and_limits_that_are_none_are_refused(name: str) -> None:
+    solve = SOLVERS[name]
+    with pytest.raises(ValueError, match=f"{name} expects a finite rtol >= 0, got rtol=-1.0"):
+        solve(A, b, rtol=-1.0)
+    with pytest.raises(ValueError, match="finite atol >= 0, got atol=nan"):
+        solve(A, b, atol=float("nan"))
+    with pytest.raises(TypeError, match="rtol as a number, got rtol='x'"):
+        solve(A, b, rtol="x")
+    with pytest.raises(TypeError, match=r"max_steps as an integer, got max_steps=2\.5"):
+        solve(A, b, max_steps=2.5)
+
+
+@pytest.mark.parametrize("name", ["cg", "minres", "lsmr", "multishift_cg", "block_cg"])
+def test_a_callback_that_cannot_be_called_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} expects callback as a function of a Step, got 3"):
+        SOLVERS[name](A, b, callback=3)
 
 
 @pytest.mark.parametrize("name", ["cg", "minres", "steihaug"])
@@ -113,19 +128,33 @@ def test_a_least_squares_problem_needs_a_right_hand_side_of_m_entries() -> None:
 def test_impossible_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="rank between 1 and 6, got 7"):
         nystrom(A, 7, 1.0)
-    with pytest.raises(ValueError, match="damping > 0, got 0"):
+    with pytest.raises(ValueError, match="damping > 0, got damping=0"):
         nystrom(A, 2, 0.0)
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match="samples >= 2, got samples=1"):
         jacobi(A, samples=1)
-    with pytest.raises(ValueError, match="radius > 0, got 0"):
+    with pytest.raises(ValueError, match="radius > 0, got radius=0"):
         steihaug(A, b, 0.0)
     with pytest.raises(ValueError, match=r"one gradient of shape \(6,\), got \(6, 2\)"):
         steihaug(A, torch.ones(6, 2, dtype=F64), 1.0)
     with pytest.raises(ValueError, match="shifts as a list of finite numbers"):
         multishift_cg(A, b, [])
+    with pytest.raises(ValueError, match="shifts as a list of finite numbers, got abc"):
+        multishift_cg(A, b, "abc")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"rank as an integer, got rank=2\.5"):
+        nystrom(A, 2.5, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="f as a name or a function of eigenvalues, got 3"):
+        matrix_function(A, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"f must be elementwise: of eigenvalues \(1, 4\) it gave"):
+        matrix_function(A, lambda t: t.sum()).evaluate(b)
     with pytest.raises(ValueError, match=r"knows sqrt, .* got 'cosine'"):
         matrix_function(A, "cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"eigenvalues \(k,\) and eigenvectors \(n, k\)"):
         pseudoinverse(torch.ones(3, dtype=F64), torch.eye(4, dtype=F64))
     with pytest.raises(ValueError, match="expects a square"):
         Inverse(Dense(normal(3, 4)))
+    with pytest.raises(TypeError, match=r"Inverse expects an hvpop\.LinearOperator, got Tensor"):
+        Inverse(normal(3, 3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"solve as a function of an operator and columns.*'cg'"):
+        Inverse(A, solve="cg")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"solver to return a SolveResult .*, got NoneType"):
+        Inverse(A, solve=lambda A, V: None) @ b  # type: ignore[arg-type, return-value]

@@ -127,6 +127,23 @@ def test_a_tolerance_below_the_dtype_stagnates() -> None:
     assert float((result.residual_norms / torch.linalg.vector_norm(B, dim=0)).max()) < 1e-4
 
 
+def test_a_singular_system_without_a_solution_ends_and_stays_bounded() -> None:
+    A = Diagonal(torch.cat([torch.zeros(5), torch.linspace(0.01, 1, 95)]).double())
+    B = 1.0 + normal(100, 3, seed=15)
+    result = block_cg(A, B)
+    assert set(result.status) == {"stagnated"}
+    assert torch.allclose(result.residual_norms, true_residuals(A, result.x, B))
+    assert (result.residual_norms < torch.linalg.vector_norm(B, dim=0)).all()
+
+
+def test_zero_is_the_answer_to_zero_wherever_it_starts() -> None:
+    A = Diagonal(torch.linspace(1, 2, 50).double())
+    B = torch.cat([torch.zeros(50, 1).double(), normal(50, 1, seed=16)], 1)
+    result = block_cg(A, B, x0=torch.ones_like(B))
+    assert result.converged
+    assert torch.equal(result.x[:, 0], B[:, 0])
+
+
 def test_the_budget_and_the_callback_end_the_run() -> None:
     A, B = dense(DEFINITE["spread"]), normal(N, 3, seed=12)
     short = block_cg(A, B, max_steps=4)

@@ -93,6 +93,14 @@ def test_all_eigenvalues_of_a_small_matrix(n: int) -> None:
     assert found.products == n
 
 
+def test_it_has_not_converged_beside_deflated_vectors_that_are_no_eigenvectors() -> None:
+    M, Q = matrix(SPECTRA["spread"])
+    rough = Q[:, -4:] + 1e-3 * torch.randn(Q.shape[0], 4, dtype=F64, generator=generator(1))
+    found = eigsh(Dense(M, symmetric=True), 3, deflate=rough)
+    assert found.status == "stagnated"
+    assert found.residuals.max() > 1e-6
+
+
 def test_deflated_vectors_are_not_found_again() -> None:
     spectrum = SPECTRA["spread"]
     M, Q = matrix(spectrum)
@@ -230,16 +238,23 @@ def test_the_text_of_a_result_says_what_matters() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"k": 0}, ValueError, "1 <= k <= 10"),
+        ({"k": 0}, ValueError, "k >= 1, got k=0"),
+        ({"k": 2.5}, TypeError, "k as an integer, got k=2.5"),
+        ({"rtol": "x"}, TypeError, "rtol as a number, got rtol='x'"),
         ({"k": 11}, ValueError, "1 <= k <= 10"),
         ({"which": "LR"}, ValueError, "which in"),
-        ({"block": 0}, ValueError, "block > 0"),
+        ({"block": 0}, ValueError, "block >= 1"),
         ({"rtol": -1.0}, ValueError, "rtol > 0"),
-        ({"max_products": 0}, ValueError, "max_products > 0"),
+        ({"max_products": 0}, ValueError, "max_products >= 1"),
         ({"basis": 2, "k": 2}, ValueError, "basis >= k"),
         ({"v0": torch.ones(9)}, ValueError, r"v0 to be a tensor \(10,\)"),
         ({"v0": torch.zeros(10, dtype=F64)}, ValueError, "not zero"),
         ({"deflate": torch.ones(3, 2)}, ValueError, "deflate to be a tensor"),
+        (
+            {"deflate": torch.zeros(10, 2)},
+            ValueError,
+            "deflate with finite columns that are not zero",
+        ),
     ],
 )
 def test_misuse_is_refused(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvpop import Dense, Diagonal, FromFunction, Identity, LinearOperator
+from hvpop import Damped, Dense, Diagonal, FromFunction, Identity, LinearOperator
 from hvpop.spectrum import (
     Density,
     Estimate,
@@ -265,6 +265,15 @@ def test_the_spectral_norm_is_found(shape: tuple[int, int]) -> None:
     assert found.value == pytest.approx(truth, rel=1e-3)
 
 
+def test_the_spectral_norm_of_a_product_is_found() -> None:
+    M, R = (torch.randn(shape, dtype=F64, generator=generator(1)) for shape in ((30, 30), (9, 30)))
+    symmetric, rectangular = Dense(M + M.T, symmetric=True), Dense(R)
+    damped = Damped(symmetric, 0.5)
+    for A in (rectangular @ symmetric, -2 * (rectangular @ symmetric), damped @ symmetric):
+        truth = torch.linalg.matrix_norm(A.to_dense(), ord=2).item()
+        assert spectral_norm(A).value == pytest.approx(truth, rel=1e-3)
+
+
 def test_the_log_determinant_of_an_indefinite_operator_is_refused() -> None:
     with pytest.raises(ValueError, match=r"positive definite.*add damping"):
         logdet(dense(INDEFINITE))
@@ -314,7 +323,9 @@ def test_the_density_of_one_repeated_eigenvalue(value: float) -> None:
         (lambda A: trace(A, method="girard"), ValueError, "method in"),
         (lambda A: diagonal(A, method="girard"), ValueError, "method in"),
         (lambda A: trace(A, rtol=0.0), ValueError, "rtol > 0"),
-        (lambda A: trace(A, block=0), ValueError, "block > 0"),
+        (lambda A: trace(A, block=0), ValueError, "block >= 1"),
+        (lambda A: trace(A, block="a"), TypeError, "block as an integer, got block='a'"),
+        (lambda A: trace(A, max_products=64.5), TypeError, "max_products as an integer"),
         (lambda A: trace(A), ValueError, "symmetric=False"),
         (lambda A: logdet(A), ValueError, "symmetric=False"),
         (lambda A: spectral_density(A), ValueError, "symmetric=False"),
@@ -325,7 +336,7 @@ def test_misuse_is_refused(
     call: Callable[[LinearOperator], object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        call(Dense(torch.ones(4, 4), symmetric="> 0" in message))
+        call(Dense(torch.ones(4, 4), symmetric="symmetric" not in message))
 
 
 def test_a_square_operator_is_asked_for() -> None:

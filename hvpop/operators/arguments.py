@@ -1,0 +1,38 @@
+"""Numbers that a caller gives, checked before any work: who expects what, and what came."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def counts(who: str, least: int = 1, **given: Any) -> None:
+    """Refuse what is not an integer, or less than ``least``; None passes."""
+    for name, count in given.items():
+        if count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(f"{who} expects {name} as an integer, got {name}={count!r:.60}")
+        if count < least:
+            raise ValueError(f"{who} expects {name} >= {least}, got {name}={count}")
+
+
+def positive(who: str, **given: Any) -> None:
+    """Refuse what is not a finite number > 0; None passes."""
+    for name, number in given.items():
+        if number is not None and not 0 < _real(who, name, number) < math.inf:
+            raise ValueError(f"{who} expects a finite {name} > 0, got {name}={number}")
+
+
+def not_negative(who: str, **given: Any) -> None:
+    """Refuse what is not a finite number >= 0."""
+    for name, number in given.items():
+        if not 0 <= _real(who, name, number) < math.inf:
+            raise ValueError(f"{who} expects a finite {name} >= 0, got {name}={number}")
+
+
+def _real(who: str, name: str, number: Any) -> float:
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{who} expects {name} as a number, got {name}={number!r:.60}")
+    return float(number)
