@@ -50,6 +50,12 @@ def test_a_budget_that_is_no_size_is_refused(memory: str) -> None:
         hessian(mlp()).linearize(memory=memory)
 
 
+@pytest.mark.parametrize("memory", [[1], float("nan"), True])
+def test_a_budget_that_is_no_number_is_refused(memory: Any) -> None:
+    with pytest.raises(TypeError, match="memory must be bytes or text such as '2GiB', got"):
+        hessian(mlp()).linearize(memory=memory)
+
+
 def test_a_negative_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="memory must not be negative, got -1"):
         hessian(mlp()).linearize(memory=-1)

@@ -248,6 +248,14 @@ def test_the_frobenius_norm_of_a_rectangular_operator() -> None:
         assert found.low <= torch.linalg.matrix_norm(M).item() <= found.high
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_trace_of_a_tiny_operator_is_exact(n: int) -> None:
+    found = trace(Diagonal(torch.arange(1.0, n + 1, dtype=F64)))
+    assert found.status == "converged"
+    assert found.value == pytest.approx(n * (n + 1) / 2, rel=1e-13)
+    assert found.high - found.low < 1e-12
+
+
 def test_the_trace_of_an_operator_that_is_not_symmetric() -> None:
     M = torch.randn(50, 50, dtype=F64, generator=generator(0)) + 10 * torch.eye(50, dtype=F64)
     found = trace(Dense(M), method="hutchinson", rtol=0.02)

@@ -313,6 +313,13 @@ def test_residual_bytes_count_what_is_not_the_users() -> None:
     assert Compiled(compiler=False).linearize(tanh, point, X).residual_bytes == 6 * 8
 
 
+def test_what_it_cannot_wrap_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expects an hvpop\.HVPStrategy to wrap, got str"):
+        Compiled("reverse")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="compiler as True or False, got 'no'"):
+        Compiled(compiler="no")  # type: ignore[arg-type]
+
+
 def test_differentiable_products_come_from_the_strategy() -> None:
     fn, params, [batch] = problem("dense")
     point = {n: p.clone().requires_grad_() for n, p in params.items()}
