@@ -28,8 +28,8 @@ class LinearMap(ABC):
 
     def columns(self, V: Params) -> Params:
         """``H V`` for k columns: tensors of shape ``(k, *parameter.shape)``, in and out."""
-        k = next(iter(V.values())).shape[0]
-        products = [self({name: column[j] for name, column in V.items()}) for j in range(k)]
+        columns = zip(*(block.unbind() for block in V.values()), strict=True)
+        products = [self(dict(zip(V, column, strict=True))) for column in columns]
         return {name: torch.stack([product[name] for product in products]) for name in V}
 
 
