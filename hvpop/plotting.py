@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from .operators import Layout
+from .solvers import (
+    FunctionResult,
+    LeastSquaresResult,
+    MultishiftResult,
+    SolveResult,
+    SteihaugResult,
+)
 from .spectrum import Density, DiagonalEstimate, Eigenpairs, Estimate
+from .spectrum.results import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_convergence", "plot_density", "plot_eigenvalues", "plot_eigenvector"]
+
+Solved = SolveResult | MultishiftResult | SteihaugResult | FunctionResult
 
 
 def plot_density(
@@ -39,7 +51,10 @@ def plot_density(
     >>> plot_density(spectral_density(A)).get_xlabel()
     'eigenvalue'
     """
-    ax = _axes(ax, 6.4, 4.0)
+    _expect("plot_density", "density", density, _DENSITY)
+    if eigenvalues is not None:
+        _expect("plot_density", "eigenvalues", eigenvalues, _EIGENPAIRS)
+    ax = _axes("plot_density", ax)
     x = _numbers(density.grid)
     single = 1 / (density.order * density.width * (2 * torch.pi) ** 0.5)
     top = density.value.max().item()
@@ -54,7 +69,7 @@ def plot_density(
         marks = _numbers(eigenvalues.eigenvalues)
         ax.plot(
             marks, [0.02] * len(marks), "|", color="C3", markersize=11, markeredgewidth=1.4,
-            transform=ax.get_xaxis_transform(), label=f"{len(marks)} eigenvalues found",
+            transform=ax.get_xaxis_transform(), label=f"{counted(len(marks), 'eigenvalue')} found",
         )  # fmt: skip
     ax.set_yscale("log")
     ax.set_ylim(bottom, 3 * top)
@@ -62,7 +77,10 @@ def plot_density(
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("share of eigenvalues per unit (log scale)")
     steps, count = density.nodes.shape
-    ax.set_title(f"Density of {density.order} eigenvalues ({count} probes, {steps} steps each)")
+    ax.set_title(
+        f"Density of {counted(density.order, 'eigenvalue')} "
+        f"({counted(count, 'probe')}, {counted(steps, 'step')} each)"
+    )
     ax.legend(frameon=False)
     return ax
 
@@ -77,7 +95,8 @@ def plot_eigenvalues(eigenpairs: Eigenpairs, *, ax: Axes | None = None) -> Axes:
     ax : matplotlib Axes, optional
         Where to draw; a new figure if not given. Returned.
     """
-    ax = _axes(ax, 6.4, 4.0)
+    _expect("plot_eigenvalues", "eigenpairs", eigenpairs, _EIGENPAIRS)
+    ax = _axes("plot_eigenvalues", ax)
     values = eigenpairs.eigenvalues.flip(0)
     errors = eigenpairs.residuals.flip(0)
     rank = list(range(1, len(values) + 1))
@@ -99,21 +118,15 @@ def plot_eigenvalues(eigenpairs: Eigenpairs, *, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("rank, largest first")
     ax.set_ylabel("eigenvalue, with its residual as error bar")
     ax.set_title(
-        f"{len(rank)} eigenvalues: {eigenpairs.status}, {eigenpairs.products} products\n"
+        f"{counted(len(rank), 'eigenvalue')}: {eigenpairs.status}, "
+        f"{counted(eigenpairs.products, 'product')}\n"
         f"largest residual {errors.max().item():.1e}"
     )
     return ax
 
 
-class SolverResult(Protocol):
-    """What a solver returns, as far as a picture needs it."""
-
-    history: Tensor  # (steps, ...)
-    products: int
-
-
 def plot_convergence(
-    result: Eigenpairs | Estimate | DiagonalEstimate | SolverResult, *, ax: Axes | None = None
+    result: Eigenpairs | Estimate | DiagonalEstimate | Solved, *, ax: Axes | None = None
 ) -> Axes:
     """How the error went down: against products for a spectrum, against steps for a solver.
 
@@ -124,7 +137,8 @@ def plot_convergence(
     ax : matplotlib Axes, optional
         Where to draw; a new figure if not given. Returned.
     """
-    ax = _axes(ax, 6.4, 4.0)
+    _expect("plot_convergence", "result", result, _CONVERGING)
+    ax = _axes("plot_convergence", ax)
     if isinstance(result, Eigenpairs):
         _draw_eigenpairs(ax, result)
     elif isinstance(result, Estimate):
@@ -152,6 +166,9 @@ def plot_eigenvector(
     ax : matplotlib Axes, optional
         Where to draw; a new figure if not given. Returned.
     """
+    _expect("plot_eigenvector", "eigenpairs", eigenpairs, _EIGENPAIRS)
+    _expect("plot_eigenvector", "layout", layout, _LAYOUT)
+    _expect("plot_eigenvector", "index", index, _INDEX)
     n, k = eigenpairs.eigenvectors.shape
     if layout.size != n:
         raise ValueError(
@@ -169,7 +186,7 @@ def plot_eigenvector(
         for name, place in layout.slices()
     ]
     rows = _largest(rows)
-    ax = _axes(ax, 6.4, 1.6 + 0.28 * len(rows))
+    ax = _axes("plot_eigenvector", ax, 1.6 + 0.28 * len(rows))
     names, shares, sizes = zip(*rows, strict=True)
     places = list(range(len(rows)))
     ax.barh(places, shares, color="C0")
@@ -185,65 +202,144 @@ def plot_eigenvector(
 
 
 def _draw_eigenpairs(ax: Axes, result: Eigenpairs) -> None:
-    known = [entry for entry in result.history if entry[1] < float("inf")]
-    ax.semilogy([entry[0] for entry in known], [entry[1] for entry in known], ".-", color="C0")
-    ax.set_xlim(0, 1.03 * result.products)
+    known = [entry for entry in result.history if entry[1] < math.inf]
+    counts, worst = [entry[0] for entry in known], [entry[1] for entry in known]
+    if any(value > 0 for value in worst):
+        ax.semilogy(counts, worst, ".-", color="C0", label="search")
+        if counts[-1] < result.products:  # what leaves no entry in the history
+            checks = "check for missed pairs"
+            checks += "" if result.data_errors is None else ", data errors"
+            ax.axvspan(counts[-1], result.products, color="0.92", linewidth=0, label=checks)
+            ax.legend(frameon=False)
+        ax.set_xlim(0, 1.03 * result.products)
+        _tidy(ax)
+    else:
+        _say(ax, "every residual is 0" if known else "no residual: too few products")
     ax.set_xlabel("products")
     ax.set_ylabel("largest residual |A v - lambda v| (log scale)")
-    k = result.eigenvalues.shape[0]
-    ax.set_title(f"{k} eigenpairs: {result.status} after {result.products} products")
+    pairs = counted(result.eigenvalues.shape[0], "eigenpair")
+    ax.set_title(f"{pairs}: {result.status} after {counted(result.products, 'product')}")
 
 
 def _draw_estimate(ax: Axes, result: Estimate) -> None:
-    known = [entry for entry in result.history if entry[2] < float("inf")]
-    counts = [entry[0] for entry in known]
+    known = [entry for entry in result.history if entry[2] < math.inf]
+    counts, halves = [entry[0] for entry in known], [entry[2] for entry in known]
     sign = -1.0 if result.value < 0 else 1.0
     values = [sign * entry[1] for entry in known]
-    low = [value - entry[2] for value, entry in zip(values, known, strict=True)]
-    high = [value + entry[2] for value, entry in zip(values, known, strict=True)]
-    ax.fill_between(counts, low, high, color="C0", alpha=0.25, linewidth=0, label="95 % band")
-    ax.plot(counts, values, ".-", color="C0", label="estimate")
     ax.axhline(result.value, color="0.6", linewidth=0.8)
+    if len(known) < 2:  # a band would have no width
+        halves = halves or [math.nan]
+        ax.errorbar(
+            counts or [result.products], values or [result.value], yerr=halves, fmt="o",
+            color="C0", capsize=4, label="estimate, 95 % interval" if known else "estimate",
+        )  # fmt: skip
+        ax.set_xlim(0, 1.03 * result.products)
+    else:
+        low = [value - half for value, half in zip(values, halves, strict=True)]
+        high = [value + half for value, half in zip(values, halves, strict=True)]
+        ax.fill_between(counts, low, high, color="C0", alpha=0.25, linewidth=0, label="95 % band")
+        ax.plot(counts, values, ".-", color="C0", label="estimate")
     ax.set_xlabel("products")
     ax.set_ylabel("estimate")
     half = (result.high - result.low) / 2
-    ax.set_title(f"{result.value:.5g} ± {half:.1g}: {result.status}, {result.products} products")
+    price = counted(result.products, "product")
+    ax.set_title(f"{result.value:.5g} ± {half:.1g}: {result.status}, {price}")
     ax.legend(frameon=False)
 
 
 def _draw_diagonal(ax: Axes, result: DiagonalEstimate) -> None:
-    known = [entry for entry in result.history if entry[2] < float("inf")]
-    ax.plot([entry[0] for entry in known], [entry[2] / entry[1] for entry in known], ".-")
-    ax.set_ylim(bottom=0.0)
-    ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g} %")
+    known = [entry for entry in result.history if entry[1] > 0 and entry[2] < math.inf]
+    if known:
+        parts = [error / norm for _, norm, error in known]
+        ax.plot([entry[0] for entry in known], parts, ".-")
+        ax.set_ylim(bottom=0.0)
+        if max(parts) > 0.01:
+            ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g} %")
+        else:  # percents would make long ticks, which push the label out of the figure
+            ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    else:
+        _say(ax, "the estimate is 0, or has no error")
     ax.set_xlabel("products")
-    ax.set_ylabel("half-widths of the 95 % intervals\nas a part of the diagonal's norm")
-    n = result.value.shape[0]
-    ax.set_title(f"Diagonal of {n} entries: {result.status}, {result.products} products")
+    ax.set_ylabel("95 % half-widths / diagonal's norm")
+    n, price = result.value.shape[0], counted(result.products, "product")
+    ax.set_title(f"Diagonal of {n} entries: {result.status}, {price}")
 
 
-def _draw_solve(ax: Axes, result: SolverResult) -> None:
-    history = result.history.reshape(result.history.shape[0], -1).cpu().double()
-    columns = history.shape[1]
-    for i in range(columns):
-        text = "residual" if columns == 1 else f"residuals of {columns} systems"
-        ax.semilogy(
-            range(len(history)), _numbers(history[:, i]), color="C0", linewidth=1,
-            alpha=1.0 if columns == 1 else 0.6, label=text if i == 0 else None,
-        )  # fmt: skip
-    targets = getattr(result, "targets", None)
-    if isinstance(targets, Tensor):
-        for i, target in enumerate(sorted(set(targets.reshape(-1).tolist()))):
-            ax.axhline(
-                target, color="0.5", linewidth=0.8, linestyle=":", label=None if i else "target"
-            )
-    ax.set_xlabel("steps")
-    ax.set_ylabel("residual norm (log scale)")
-    ends = ", ".join(sorted(_words(getattr(result, "status", ""))))
-    ax.set_title(
-        f"{columns} system{'s' if columns > 1 else ''}: {ends}, {result.products} products"
-    )
-    ax.legend(frameon=False)
+def _draw_solve(ax: Axes, result: Solved) -> None:
+    steps, *systems = result.history.shape
+    history = result.history.reshape(steps, math.prod(systems)).cpu().double()
+    quantity = _quantity(result)
+    if bool((history > 0).any()):
+        for label, color, columns in _groups(result, history.shape[1]):
+            for i in columns:
+                ax.semilogy(
+                    range(steps), _numbers(history[:, i]), "." if steps == 1 else "-", linewidth=1,
+                    color=color, alpha=0.6 if columns[1:] else 1.0,
+                    label=label if i == columns[0] else None,
+                )  # fmt: skip
+        if not isinstance(result, SteihaugResult):
+            for i, target in enumerate(sorted({t for t in _numbers(result.targets) if t > 0})):
+                label = None if i else "target"
+                ax.axhline(target, color="0.5", linewidth=0.8, linestyle=":", label=label)
+        ax.legend(frameon=False)
+        _tidy(ax)
+    else:
+        _say(ax, f"every {quantity} is 0" if bool((history == 0).all()) else f"no {quantity}")
+    ax.set_xlabel("checks" if isinstance(result, FunctionResult) else "steps")
+    ax.set_ylabel(f"{quantity} (log scale)")
+    ends = ", ".join(sorted(_words(result.status))) or "nothing to do"
+    price = counted(result.products, "product")
+    ax.set_title(f"{_subject(result, history.shape[1])}: {ends}, {price}")
+
+
+_Group = tuple[str | None, Any, Sequence[int]]  # label, colour, columns of the history
+_MOST_LABELS = 8
+
+
+def _groups(result: Solved, count: int) -> Iterator[_Group]:
+    """What gets one colour: all systems, or those of one shift."""
+    if not isinstance(result, MultishiftResult):
+        yield _quantity(result), "C0", range(count)
+        return
+    import matplotlib as mpl
+
+    shifts = _numbers(result.shifts)
+    k, last = count // len(shifts), len(shifts) - 1
+    for rank, i in enumerate(sorted(range(len(shifts)), key=shifts.__getitem__)):
+        label = f"shift {shifts[i]:.3g}" if last < _MOST_LABELS or rank in (0, last) else None
+        color = mpl.colormaps["viridis"](0.9 * rank / max(1, last))
+        yield label, color, range(i * k, (i + 1) * k)
+
+
+def _quantity(result: Solved) -> str:
+    """What its history is of."""
+    if isinstance(result, FunctionResult):
+        return "error estimate"
+    return "gradient norm" if isinstance(result, LeastSquaresResult) else "residual norm"
+
+
+def _subject(result: Solved, count: int) -> str:
+    if isinstance(result, SteihaugResult):
+        return f"{counted(result.steps, 'step')} in a trust region"
+    if isinstance(result, MultishiftResult):
+        shifts = counted(len(result.shifts), "shift")
+        columns = count // len(result.shifts)
+        return shifts if columns == 1 else f"{shifts} of {counted(columns, 'system')}"
+    return counted(count, "column" if isinstance(result, FunctionResult) else "system")
+
+
+def _tidy(ax: Axes) -> None:
+    """Ticks that can be read: whole numbers of steps, and a decade at least on the log axis."""
+    ax.locator_params(axis="x", integer=True)
+    low, high = ax.get_ylim()
+    if high < 10 * low:
+        ax.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
+
+
+def _say(ax: Axes, text: str) -> None:
+    """Words where there is nothing to draw."""
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
+    ax.set(xticks=[], yticks=[])
 
 
 def _words(status: object) -> set[str]:
@@ -266,15 +362,43 @@ def _largest(rows: list[tuple[str, float, float]]) -> list[tuple[str, float, flo
     return [*(rows[i] for i in sorted(shown)), rest]
 
 
-def _axes(ax: Axes | None, width: float, height: float) -> Axes:
-    if ax is not None:
-        return ax
+_Kind = tuple[Any, str, str]  # a type, its name, the function that draws it
+
+_DENSITY: _Kind = (Density, "a Density from hvpop.spectrum.spectral_density", "plot_density")
+_EIGENPAIRS: _Kind = (Eigenpairs, "Eigenpairs from hvpop.spectrum.eigsh", "plot_eigenvalues")
+_CONVERGING: _Kind = (
+    Eigenpairs | Estimate | DiagonalEstimate | Solved,
+    "what hvpop.spectrum (but spectral_density) or hvpop.solvers returns",
+    "plot_convergence",
+)
+_LAYOUT: _Kind = (Layout, "a Layout, such as a HessianOperator's `layout`", "")
+_INDEX: _Kind = (SupportsIndex, "an integer", "")
+
+
+def _expect(who: str, name: str, value: object, kind: _Kind) -> None:
+    """Refuse what ``who`` cannot draw, and say which function can."""
+    wanted, expected, _ = kind
+    if isinstance(value, wanted):
+        return
+    drawn = [f for T, _, f in (_DENSITY, _EIGENPAIRS, _CONVERGING) if isinstance(value, T)]
+    instead = f"; {drawn[0]} draws that" if drawn and drawn[0] != who else ""
+    raise TypeError(f"{who} expects {name} to be {expected}, got {type(value).__name__}{instead}")
+
+
+def _axes(who: str, ax: Axes | None, height: float = 4.0) -> Axes:
     try:
+        import matplotlib.axes
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'hvpop[plot]'") from error
-    new: Axes = plt.subplots(figsize=(width, height), layout="constrained")[1]
-    return new
+    if ax is None:
+        ax = plt.subplots(figsize=(6.4, height), layout="constrained")[1]
+    if not isinstance(ax, matplotlib.axes.Axes):
+        raise TypeError(
+            f"{who} expects ax to be one matplotlib Axes, such as plt.subplots()[1], got "
+            f"{type(ax).__name__}; leave it out for a new figure"
+        )
+    return ax
 
 
 def _numbers(values: Tensor) -> list[float]:

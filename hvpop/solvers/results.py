@@ -52,7 +52,8 @@ class SolveResult:
 
     def __repr__(self) -> str:
         return (
-            f"<{outcome(self.status)} after {self.steps} steps, {self.products} products; "
+            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
+            f"{counted(self.products, 'product')}; "
             f"largest residual {worst(self.residual_norms, self.targets)}>"
         )
 
@@ -68,7 +69,8 @@ class LeastSquaresResult(SolveResult):
 
     def __repr__(self) -> str:
         return (
-            f"<{outcome(self.status)} after {self.steps} steps, {self.products} products; "
+            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
+            f"{counted(self.products, 'product')}; "
             f"largest gradient {worst(self.gradient_norms, self.targets)}>"
         )
 
@@ -94,8 +96,8 @@ class MultishiftResult:
     def __repr__(self) -> str:
         flat = [status for row in self.status for status in row]
         return (
-            f"<{len(self.shifts)} shifts: {outcome(flat)} after {self.steps} steps, "
-            f"{self.products} products; "
+            f"<{counted(len(self.shifts), 'shift')}: {outcome(flat)} after "
+            f"{counted(self.steps, 'step')}, {counted(self.products, 'product')}; "
             f"largest residual {worst(self.residual_norms, self.targets.expand_as(self.residual_norms))}>"
         )
 
@@ -120,9 +122,11 @@ class SteihaugResult:
         return self.status in ("boundary", "negative curvature")
 
     def __repr__(self) -> str:
+        decrease = self.decrease + 0.0  # which makes 0 of -0
         return (
-            f"<{self.status} after {self.products} products: step of length {self.norm:.3g}, "
-            f"model decrease {self.decrease:.3g}, residual {self.residual_norm:.2e}>"
+            f"<{self.status} after {counted(self.products, 'product')}: "
+            f"step of length {self.norm:.3g}, model decrease {decrease:.3g}, "
+            f"residual {self.residual_norm:.2e}>"
         )
 
 
@@ -145,7 +149,8 @@ class FunctionResult:
 
     def __repr__(self) -> str:
         return (
-            f"<{outcome(self.status)} after {self.steps} steps, {self.products} products; "
+            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
+            f"{counted(self.products, 'product')}; "
             f"largest error estimate {worst(self.errors, self.targets)}>"
         )
 
@@ -166,3 +171,8 @@ def worst(norms: Tensor, targets: Tensor) -> str:
         return "none"
     at = int((norms.flatten() / targets.flatten().clamp_min(1e-300)).argmax())
     return f"{norms.flatten()[at].item():.2e} (target {targets.flatten()[at].item():.2e})"
+
+
+def counted(count: int, noun: str) -> str:
+    """The count with its noun, in the singular for one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

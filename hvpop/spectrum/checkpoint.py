@@ -35,6 +35,7 @@ class Checkpoint:
         settings: Mapping[str, Any],
     ) -> None:
         self.path = Path(path)
+        self._refuse_place(task)
         self.identity = {
             "format": _FORMAT,
             "task": task,
@@ -57,9 +58,12 @@ class Checkpoint:
         try:
             file = torch.load(self.path, map_location=self._place, weights_only=True)
             identity, product, state = file["identity"], file["product"], file["state"]
-        except Exception as error:
+        except OSError:
+            raise
+        except Exception as error:  # whatever torch makes of a file of another kind
             raise ValueError(
-                f"{self.path} is not a checkpoint of hvpop.spectrum: {error}"
+                f"{self.path} is not a checkpoint of hvpop.spectrum; give another path, "
+                "or delete the file"
             ) from error
         self._refuse_other(identity, product)
         return dict(state)
@@ -88,6 +92,19 @@ class Checkpoint:
     def _place(self, storage: Any, location: str) -> Any:
         where = location if location == "cpu" else str(self._device)
         return torch.serialization.default_restore_location(storage, where)
+
+    def _refuse_place(self, task: str) -> None:
+        """Refuse a path where no file can be, before there is work that would be lost."""
+        if self.path.is_dir():
+            raise IsADirectoryError(
+                f"{task} expects checkpoint to be the path of a file, got the folder {self.path}; "
+                f"give a path in it, such as {self.path / 'state.pt'}"
+            )
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{task} expects checkpoint to be a path in a folder that exists, got {self.path}; "
+                f"make the folder {self.path.parent}, or give another path"
+            )
 
     def _refuse_other(self, identity: Mapping[str, Any], product: Tensor) -> None:
         for key, mine in self.identity.items():

@@ -32,13 +32,14 @@ class Eigenpairs:
     def __repr__(self) -> str:
         k = self.eigenvalues.shape[0]
         if k == 0:
-            return f"<no eigenpairs, {self.products} products, {self.status}>"
+            return f"<no eigenpairs, {counted(self.products, 'product')}, {self.status}>"
         first, last = self.eigenvalues[0].item(), self.eigenvalues[-1].item()
         errors = self.data_errors
         data = "" if errors is None else f"data errors up to {errors.max().item():.1e}, "
         return (
-            f"<{k} eigenpairs, {first:.4g} to {last:.4g}, residuals up to "
-            f"{self.residuals.max().item():.1e}, {data}{self.products} products, {self.status}>"
+            f"<{counted(k, 'eigenpair')}, {first:.4g} to {last:.4g}, residuals up to "
+            f"{self.residuals.max().item():.1e}, {data}{counted(self.products, 'product')}, "
+            f"{self.status}>"
         )
 
 
@@ -62,7 +63,7 @@ class Estimate:
         data = "" if self.data_error is None else f"data error {self.data_error:.1e}, "
         return (
             f"<{self.value:.6g}, 95 % in [{self.low:.6g}, {self.high:.6g}], "
-            f"{data}{self.products} products, {self.status}>"
+            f"{data}{counted(self.products, 'product')}, {self.status}>"
         )
 
 
@@ -82,7 +83,7 @@ class DiagonalEstimate:
         error = (self.high - self.low).norm() / 2
         return (
             f"<diagonal of {self.value.shape[0]} entries, norm {self.value.norm().item():.4g} "
-            f"+- {error.item():.1e}, {self.products} products, {self.status}>"
+            f"+- {error.item():.1e}, {counted(self.products, 'product')}, {self.status}>"
         )
 
 
@@ -103,8 +104,14 @@ class Density:
     status: Status
 
     def __repr__(self) -> str:
+        steps, probes = self.nodes.shape
         return (
-            f"<density of {self.order} eigenvalues from {self.grid[0].item():.4g} to "
-            f"{self.grid[-1].item():.4g}, {self.nodes.shape[1]} probes of {self.nodes.shape[0]} "
-            f"steps, {self.products} products, {self.status}>"
+            f"<density of {counted(self.order, 'eigenvalue')} from {self.grid[0].item():.4g} to "
+            f"{self.grid[-1].item():.4g}, {counted(probes, 'probe')} of {counted(steps, 'step')}, "
+            f"{counted(self.products, 'product')}, {self.status}>"
         )
+
+
+def counted(count: int, noun: str) -> str:
+    """The count with its noun, in the singular for one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

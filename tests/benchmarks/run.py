@@ -59,24 +59,61 @@ def main() -> None:
     print(f"written: {args.output}/benchmarks.json and pictures beside it")
 
 
+DESCRIPTION = """Time hvpop against its peers, check every answer, and write tables and pictures.
+
+Without options it takes about half an hour, on one thread of the processor. Peers that are not installed are
+listed as such; `make bench` installs them first, then runs this."""
+
+
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
     parser.add_argument(
-        "--workloads", type=_names, default=list(WORKLOADS), help="some of " + ",".join(WORKLOADS)
-    )
-    parser.add_argument("--repeats", type=int, help="rounds (15; with --quick 3)")
-    parser.add_argument("--quick", action="store_true", help="few rounds, no compiler")
-    parser.add_argument("--no-compiler", action="store_true", help="leave TorchInductor out")
-    parser.add_argument(
-        "--no-scaling", dest="scaling", action="store_false", help="no scaling plot"
+        "--workloads",
+        type=_names,
+        default=list(WORKLOADS),
+        metavar="NAME,NAME",
+        help=f"separated by commas, of {', '.join(WORKLOADS)} (default: all)",
     )
     parser.add_argument(
-        "--cpu-time", action="store_true", help="time of this thread, not of the clock on the wall"
+        "--repeats",
+        type=int,
+        metavar="ROUNDS",
+        help="rounds, in each of which everyone is timed (default: 15; with --quick 3)",
     )
     parser.add_argument(
-        "--add", action="store_true", help="keep what --output has of other workloads"
+        "--quick",
+        action="store_true",
+        help="for a first look: few rounds, small sizes in the scaling plot, --no-compiler",
     )
-    parser.add_argument("--output", type=Path, default=Path("output"), help="folder")
+    parser.add_argument(
+        "--no-compiler",
+        action="store_true",
+        help="leave out `hvpop, Compiled`, which TorchInductor compiles to C++ first",
+    )
+    parser.add_argument(
+        "--no-scaling",
+        dest="scaling",
+        action="store_false",
+        help="do not measure how the cost of a product grows with batches and parameters",
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure the processor time of this thread (default: the time that passes)",
+    )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep from an earlier run in the folder --output the results of workloads that "
+        "--workloads does not name (default: overwrite all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output"),
+        metavar="FOLDER",
+        help="where benchmarks.json and the pictures go (default: output)",
+    )
     return parser.parse_args()
 
 

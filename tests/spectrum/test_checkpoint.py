@@ -118,12 +118,45 @@ def test_another_computation_is_refused(
         other(path)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
+def written(path: Path, content: object) -> bytes:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content", [b"chapter one", b"", {"weight": torch.ones(3)}, torch.ones(3), [1, 2]]
+)
+def test_a_file_that_is_no_checkpoint_is_refused_and_kept(content: object, tmp_path: Path) -> None:
     path = tmp_path / "thesis.tex"
-    path.write_text("chapter one")
-    with pytest.raises(ValueError, match=r"thesis\.tex is not a checkpoint"):
+    before = written(path, content)
+    refusal = r"thesis\.tex is not a checkpoint of hvpop\.spectrum; give another path, or delete the file$"
+    with pytest.raises(ValueError, match=refusal):
         eigsh(A, 4, checkpoint=path)
-    assert path.read_text() == "chapter one"
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_path_in_a_folder_that_is_missing_is_refused_before_any_product(
+    name: str, tmp_path: Path
+) -> None:
+    watched = Watched(A)
+    with pytest.raises(
+        FileNotFoundError, match=r"expects checkpoint .* make the folder .*nowhere,"
+    ):
+        RUNS[name](watched.operator, checkpoint=tmp_path / "nowhere" / "state.pt")
+    assert watched.products == 0
+
+
+def test_a_folder_is_refused_before_any_product(tmp_path: Path) -> None:
+    watched = Watched(A)
+    with pytest.raises(
+        IsADirectoryError, match=r"path of a file, got the folder .*such as .*\.pt$"
+    ):
+        eigsh(watched.operator, 4, checkpoint=tmp_path)
+    assert watched.products == 0
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(
