@@ -158,7 +158,6 @@ def save(rows: Sequence[Row], curves: Sequence[Curve], folder: Path) -> None:
 
 def _bars(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
-    from matplotlib import ticker
 
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -176,10 +175,10 @@ def _bars(rows: Sequence[Row], path: Path) -> None:
         colors = ["tab:blue" if r.ours else "0.6" if r.right else "tab:red" for r in shown]
         ax.barh(names, [r.ratio for r in shown], color=colors, log=True)
         for y, row in enumerate(shown):
-            ax.text(row.ratio, y, f" {row.ratio:.3g}", va="center", fontsize=8)
+            text = f"{row.ratio:.3g}" if row.ratio < 1000 else f"{row.ratio:.0f}"
+            ax.text(row.ratio, y, f" {text}", va="center", fontsize=8)
         ax.margins(x=0.15)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+        _ticks(ax.xaxis)
         for limit, style in _limits(shown):
             ax.axvline(limit, color="k", linewidth=1, linestyle=style)
         absent = [f"{r.entrant}: {r.status.partition(':')[0]}" for r in group if not r.ratio]
@@ -215,12 +214,21 @@ def _scaling(curves: Sequence[Curve], path: Path) -> None:
         ax.loglog(sizes, [last * s / sizes[-1] for s in sizes], "k:", label="linear")
         ax.set_xticks(sizes, [f"{s:,}" if s < 10_000 else f"{s / 1e6:.2f} M" for s in sizes])
         ax.minorticks_off()
-        ax.yaxis.set_major_formatter("{x:g}")
+        _ticks(ax.yaxis)
         ax.set_xlabel(axis)
         ax.set_ylabel("ms a product")
         ax.legend()
     fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+def _ticks(axis: Any) -> None:
+    """Numbers on a log axis, also where it spans less than a decade."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _versions() -> dict[str, str]:

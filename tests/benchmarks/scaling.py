@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,19 +31,24 @@ ENTRANTS = (ours.LIVE, ours.KEPT[0], *(e for e in peers.PEERS if e.name == "by h
 def measured(plan: Plan) -> list[Curve]:
     """Batches and parameters from 1x to the last of ``plan.sizes``."""
     curves = _curves("batches", lambda k: tiny(batches=2 * k), plan)
-    # Squares of hidden layers dominate: the width grows as the root of the size.
-    return curves + _curves("parameters", lambda k: mlp(1, width=round(192 * k**0.5)), plan)
+    return curves + _curves("parameters", lambda k: mlp(1, width=_width(k)), plan)
+
+
+def _width(k: int) -> int:
+    """Of the `mlp` that has k times the parameters of that of width 192: ``w^2 + 796 w + 10``."""
+    parameters = k * (192**2 + 796 * 192 + 10)
+    return round(math.sqrt(398**2 + parameters - 10) - 398)
 
 
 def _curves(axis: str, make: Callable[[int], Workload], plan: Plan) -> list[Curve]:
     calls, numbers = {}, []
-    for k in plan.sizes:
+    for k in reversed(plan.sizes):  # a large one leaves the caches cold, which a small one would pay
         workload = make(k)
         batches = len(list(workload.data))
-        numbers.append(batches if axis == "batches" else workload.parameters)
+        numbers.insert(0, batches if axis == "batches" else workload.parameters)
         for entrant in ENTRANTS:
             calls[entrant.name, k] = _product(entrant, workload)
-    samples = interleaved(calls, repeats=min(plan.repeats, 7), clock=plan.clock)
+    samples = interleaved(calls, repeats=plan.repeats, clock=plan.clock)
     return [
         Curve(
             f"cost of a product and {axis}",
