@@ -77,6 +77,12 @@ def test_positive_eigenvalues_over_decades_get_a_log_scale() -> None:
     assert plot_eigenvalues(found).get_yscale() == "log"
 
 
+def test_no_eigenpairs_are_drawn_as_words() -> None:
+    ax = plot_eigenvalues(eigsh(A, 2, block=4, max_products=3))
+    drawn(ax)
+    assert words_in(ax) == ["no eigenpairs: max products"]
+
+
 def test_convergence_of_eigenpairs_is_their_history() -> None:
     found = eigsh(A, 2)
     ax = plot_convergence(found)

@@ -56,3 +56,9 @@ def axes(who: str, ax: Axes | None, height: float = 4.0) -> Axes:
 
 def numbers(values: Tensor) -> list[float]:
     return [float(value) for value in values.detach().cpu().tolist()]
+
+
+def say(ax: Axes, text: str) -> None:
+    """Words where there is nothing to draw."""
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
+    ax.set(xticks=[], yticks=[])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..solvers import FunctionResult, LeastSquaresResult, MultishiftResult, SteihaugResult
 from ..spectrum import DiagonalEstimate, Eigenpairs, Estimate
 from ..spectrum.results import counted
-from .common import CONVERGING, Solved, axes, expect, numbers
+from .common import CONVERGING, Solved, axes, expect, numbers, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def _draw_eigenpairs(ax: Axes, result: Eigenpairs) -> None:
         ax.set_xlim(0, 1.03 * result.products)
         _tidy(ax)
     else:
-        _say(ax, "every residual is 0" if known else "no residual: too few products")
+        say(ax, "every residual is 0" if known else "no residual: too few products")
     ax.set_xlabel("products")
     ax.set_ylabel("largest residual |A v - lambda v| (log scale)")
     pairs = counted(result.eigenvalues.shape[0], "eigenpair")
@@ -97,7 +97,7 @@ def _draw_diagonal(ax: Axes, result: DiagonalEstimate) -> None:
         else:  # percents would make long ticks, which push the label out of the figure
             ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     else:
-        _say(ax, "the estimate is 0, or has no error")
+        say(ax, "the estimate is 0, or has no error")
     ax.set_xlabel("products")
     ax.set_ylabel("95 % half-widths / diagonal's norm")
     n, price = result.value.shape[0], counted(result.products, "product")
@@ -123,7 +123,7 @@ def _draw_solve(ax: Axes, result: Solved) -> None:
         ax.legend(frameon=False)
         _tidy(ax)
     else:
-        _say(ax, f"every {quantity} is 0" if bool((history == 0).all()) else f"no {quantity}")
+        say(ax, f"every {quantity} is 0" if bool((history == 0).all()) else f"no {quantity}")
     ax.set_xlabel("checks" if isinstance(result, FunctionResult) else "steps")
     ax.set_ylabel(f"{quantity} (log scale)")
     ends = ", ".join(sorted(_words(result.status))) or "nothing to do"
@@ -173,12 +173,6 @@ def _tidy(ax: Axes) -> None:
     low, high = ax.get_ylim()
     if high < 10 * low:
         ax.set_ylim(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
-
-
-def _say(ax: Axes, text: str) -> None:
-    """Words where there is nothing to draw."""
-    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
-    ax.set(xticks=[], yticks=[])
 
 
 def _words(status: object) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from ..operators import Layout
 from ..spectrum import Density, Eigenpairs
 from ..spectrum.results import counted
-from .common import DENSITY, EIGENPAIRS, INDEX, LAYOUT, axes, expect, numbers
+from .common import DENSITY, EIGENPAIRS, INDEX, LAYOUT, axes, expect, numbers, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +85,9 @@ def plot_eigenvalues(eigenpairs: Eigenpairs, *, ax: Axes | None = None) -> Axes:
     """
     expect("plot_eigenvalues", "eigenpairs", eigenpairs, EIGENPAIRS)
     ax = axes("plot_eigenvalues", ax)
+    if eigenpairs.eigenvalues.numel() == 0:
+        say(ax, f"no eigenpairs: {eigenpairs.status}")
+        return ax
     values = eigenpairs.eigenvalues.flip(0)
     errors = eigenpairs.residuals.flip(0)
     rank = list(range(1, len(values) + 1))
