@@ -12,7 +12,7 @@ from scipy.special import chdtri
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import operand
+from . import operand, probes
 from .quadrature import Quadrature
 from .results import Density
 from .sampling import Band, History, Sampling, sample
@@ -112,9 +112,11 @@ class _Density(Sampling[_State]):
         return 1 if state.products == 0 else self.steps
 
     def advance(self, state: _State, left: int) -> _State:
-        quadrature = state.quadrature
-        count = max(1, min(self.block, left // self.steps))
-        quadrature = quadrature.stepped(self.A, count, self.seed, self.name, quadrature.products)
+        count = max(1, self.count(state, left // self.steps))
+        n = self.A.shape[0]
+        quadrature = state.quadrature.stepped(
+            self.A, lambda: self.drawn(probes.gaussian, n, state, count)
+        )
         assert quadrature.group is not None
         if quadrature.group.alpha.shape[0] < self.steps:
             return replace(state, quadrature=quadrature)
@@ -132,6 +134,9 @@ class _Density(Sampling[_State]):
         spread = (high - low) or max(abs(high), 1e-300) * 1e-3
         width = spread / self.steps if self.width is None else self.width
         return torch.linspace(low - 4 * width, high + 4 * width, 600, dtype=torch.float64), width
+
+    def placed(self, state: _State) -> int:
+        return state.quadrature.probes
 
     def samples(self, state: _State) -> int:
         return _ENOUGH if state.history else 0

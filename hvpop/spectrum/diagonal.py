@@ -101,8 +101,8 @@ class _Hutchinson(Sampling[_Moments]):
         return _Moments(zero, zero)
 
     def advance(self, state: _Moments, left: int) -> _Moments:
-        n, count = self.A.shape[0], self.count(left)
-        V = probes.signs(n, count, *self.like().values(), self.seed, self.name, state.products)
+        count = self.count(state, left)
+        V = self.drawn(probes.signs, self.A.shape[0], state, count)
         new = V * (self.A @ V)
         # Mean and deviation of a union of two samples (Chan, Golub and LeVeque 1983).
         total, mean = state.count + count, new.mean(1)
@@ -124,10 +124,7 @@ class _Hutchinson(Sampling[_Moments]):
 class _XDiag(LeaveOutSampling):
     name, keep = "diagonal by xdiag", True
 
-    def probes(self, count: int, place: int) -> Tensor:
-        return probes.signs(
-            self.A.shape[0], count, *self.like().values(), self.seed, self.name, place
-        )
+    probes = staticmethod(probes.signs)
 
     def read(self, state: LeaveOutState) -> Band:
         """The mean over i of the sketch's diagonal without probe i, plus a sample by probe i.

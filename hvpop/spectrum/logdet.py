@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import operand
+from . import operand, probes
 from .quadrature import Quadrature
 from .results import Estimate
 from .sampling import Band, History, Sampling, mean
@@ -92,10 +92,13 @@ class _LogDet(Sampling[_State]):
         return 1 if state.products == 0 else state.quadrature.nodes.shape[0] * min(2, self.block)
 
     def advance(self, state: _State, left: int) -> _State:
-        quadrature = state.quadrature
+        quadrature, before = state.quadrature, state
         expected = max(1, quadrature.nodes.shape[0])
-        count = max(1, min(self.block, left // expected))
-        quadrature = quadrature.stepped(self.A, count, self.seed, self.name, quadrature.products)
+        count = max(1, self.count(state, left // expected))
+        n = self.A.shape[0]
+        quadrature = quadrature.stepped(
+            self.A, lambda: self.drawn(probes.gaussian, n, before, count)
+        )
         group = quadrature.group
         assert group is not None
         state = replace(state, quadrature=quadrature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
-from . import operand, probes
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,14 @@ class Quadrature:
         none = torch.empty(0, 0, dtype=torch.float64)
         return Quadrature(none, none)
 
-    def stepped(self, A: LinearOperator, count: int, *place: object) -> Quadrature:
-        """After one step of the group at work, or of a new group of ``count`` probes."""
-        group = self.group
-        if group is None:
-            V = probes.gaussian(A.shape[0], count, operand.working_dtype(A), A.device, *place)
-            group = Recurrences.begin(V)
+    @property
+    def probes(self) -> int:
+        """How many have finished."""
+        return self.nodes.shape[1]
+
+    def stepped(self, A: LinearOperator, begin: Callable[[], Tensor]) -> Quadrature:
+        """After one step of the group at work, or of a new group of the probes that ``begin`` draws."""
+        group = self.group or Recurrences.begin(begin())
         products = self.products + group.current.shape[1]
         return replace(self, group=group.step(A), products=products)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -100,9 +100,26 @@ class Sampling(Task[S]):
     def price(self, state: S) -> int:
         return self.unit
 
-    def count(self, left: int) -> int:
-        """How many probes the next round takes."""
-        return min(self.block, left // self.unit)
+    def placed(self, state: S) -> int:
+        """How many probes have been drawn."""
+        return self.samples(state)
+
+    def count(self, state: S, affordable: int) -> int:
+        """How many probes come next: the rest of a round, or what the budget allows of it."""
+        return min(self.block - self.placed(state) % self.block, affordable)
+
+    def drawn(
+        self, draw: Callable[..., Tensor], n: int, state: S, count: int, *key: object
+    ) -> Tensor:
+        """The next ``count`` probes, ``(n, count)``.
+
+        A round of ``block`` is drawn as a whole, so that where a budget cuts it short, a run that
+        goes on with more takes the others.
+        """
+        used = self.placed(state) % self.block
+        place = (self.placed(state) - used) * self.unit
+        V = draw(n, self.block, *self.like().values(), self.seed, self.name, place, *key)
+        return V[:, used : used + count]
 
     def noted(self, state: S) -> S:
         """``state`` with its estimate added to the history."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,10 +31,9 @@ class SplitSampling(Sampling[SplitState]):
         return SplitState(Split.empty(self.A, self.dtype))
 
     def advance(self, state: SplitState, left: int) -> SplitState:
-        (m, n), count = self.A.shape, self.count(left)
-        place = (self.seed, self.name, state.products)
-        sketch = probes.gaussian(m, count, *self.like().values(), *place, "sketch")
-        G = probes.signs(n, count, *self.like().values(), *place, "probe")
+        (m, n), count = self.A.shape, self.count(state, left // self.unit)
+        sketch = self.drawn(probes.gaussian, m, state, count, "sketch")
+        G = self.drawn(probes.signs, n, state, count, "probe")
         split = state.split.grown(self.A, sketch, G)
         return self.noted(SplitState(split, state.products + 3 * count, state.history))
 
@@ -73,14 +71,13 @@ class LeaveOutSampling(Sampling[LeaveOutState]):
     def start(self) -> LeaveOutState:
         return LeaveOutState(LeaveOut.empty(self.A.shape[0], self.dtype, self.A.device))
 
-    @abstractmethod
-    def probes(self, count: int, place: int) -> Tensor:
-        """Fresh probes, ``(n, count)``."""
+    probes: Callable[..., Tensor]  # as those of the module `probes`
 
     def advance(self, state: LeaveOutState, left: int) -> LeaveOutState:
         n, N = state.sketch.Q.shape
-        count = min(self.count(left), n - N)
-        sketch = state.sketch.grown(self.A, self.probes(count, state.products), keep=self.keep)
+        count = min(self.count(state, left // self.unit), n - N)
+        Omega = self.drawn(self.probes, n, state, count)
+        sketch = state.sketch.grown(self.A, Omega, keep=self.keep)
         return self.noted(LeaveOutState(sketch, state.products + 2 * count, state.history))
 
     def samples(self, state: LeaveOutState) -> int:

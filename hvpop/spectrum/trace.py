@@ -107,8 +107,8 @@ class _Hutchinson(Sampling[_Samples]):
         return _Samples(torch.empty(0, dtype=torch.float64))
 
     def advance(self, state: _Samples, left: int) -> _Samples:
-        n, count = self.A.shape[0], self.count(left)
-        V = probes.signs(n, count, *self.like().values(), self.seed, self.name, state.products)
+        count = self.count(state, left)
+        V = self.drawn(probes.signs, self.A.shape[0], state, count)
         values = (V * (self.A @ V)).sum(0).cpu().double()
         return self.noted(
             _Samples(torch.cat([state.values, values]), state.products + count, state.history)
@@ -135,10 +135,7 @@ class _HutchPlusPlus(SplitSampling):
 class _XTrace(LeaveOutSampling):
     name = "trace by xtrace"
 
-    def probes(self, count: int, place: int) -> Tensor:
-        return probes.sphere(
-            self.A.shape[0], count, *self.like().values(), self.seed, self.name, place
-        )
+    probes = staticmethod(probes.sphere)
 
     def read(self, state: LeaveOutState) -> Band:
         """The mean of ``t_i``, the trace on the sketch without probe i, plus a sample by probe i.

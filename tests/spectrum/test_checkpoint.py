@@ -91,6 +91,22 @@ def test_a_spent_budget_can_be_raised(tmp_path: Path) -> None:
     assert torch.equal(resumed.eigenvectors, whole.eigenvectors)
 
 
+@pytest.mark.parametrize("budget", [50, 330])
+@pytest.mark.parametrize("name", sorted(set(RUNS) - {"logdet"}))
+def test_a_budget_that_cuts_a_round_short_changes_nothing_when_raised(
+    name: str, budget: int, tmp_path: Path
+) -> None:
+    run, path = RUNS[name], tmp_path / "state.pt"
+    run(A, max_products=budget, checkpoint=path)
+    resumed, whole = run(A, checkpoint=path), run(A)
+    assert resumed.status == whole.status
+    assert resumed.products == whole.products
+    mine, theirs = (getattr(r, "eigenvalues", None) for r in (resumed, whole))
+    if mine is None:
+        mine, theirs = (torch.as_tensor(r.value) for r in (resumed, whole))
+    assert torch.allclose(mine, theirs, rtol=1e-9)
+
+
 def test_another_operator_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     eigsh(A, 4, max_products=20, checkpoint=path)
