@@ -55,6 +55,13 @@ def block_diagonal(H: HessianOperator, by: Grouping = "layer") -> LinearOperator
     >>> block_diagonal(H).parts
     (<9x9 HessianOperator float32 cpu>, <4x4 HessianOperator float32 cpu>)
     """
+    if not hasattr(H, "block"):
+        raise TypeError(
+            f"block_diagonal expects a HessianOperator, got {H!r}; take the blocks of the Hessian, and "
+            "combine or linearize the result"
+        )
+    if isinstance(by, str) and by not in _BY:
+        raise ValueError(f"block_diagonal expects by in {tuple(_BY)} or a function, got {by!r}")
     group_of = _BY[by] if isinstance(by, str) else by
     groups: dict[str, list[str]] = {}
     for name in H.layout.names:

@@ -40,7 +40,7 @@ class Report:
     """What a linearized operator keeps, and what it has cost so far."""
 
     strategy: str
-    batches: int
+    batches: int  # of the data, as far as a pass has shown
     kept: int  # batches whose maps are kept
     parts: int  # functions that the batches are run as
     bytes: int
@@ -53,9 +53,14 @@ class Report:
         joined = f" run as {self.parts}" if self.parts < self.batches else ""
         return (
             f"{self.strategy}: {self.batches} batches{joined}, maps of {self.kept} kept in "
-            f"{self.bytes / 2**20:.1f} of {self.budget / 2**20:.0f} MiB; {self.products} products, "
+            f"{_mebibytes(self.bytes)} of {_mebibytes(self.budget)} MiB; {self.products} products, "
             f"passes over the data: {self.passes}, time: {self.seconds:.2f} s"
         )
+
+
+def _mebibytes(count: int) -> str:
+    mebibytes = count / 2**20
+    return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
 
 
 class LinearizedHessian(LinearOperator):
@@ -125,9 +130,9 @@ class LinearizedHessian(LinearOperator):
         prepared = self._prepared()
         return Report(
             strategy=repr(self.strategy) + (", traced" if prepared.traced else ""),
-            batches=len(prepared.terms),
+            batches=prepared.batches,
             kept=sum(part.batches for part in prepared.parts if part.map is not None),
-            parts=len(prepared.parts),
+            parts=len(prepared.parts) + prepared.batches - len(prepared.terms),
             bytes=prepared.bytes,
             budget=self._budget,
             passes=self._passes,
@@ -158,7 +163,7 @@ class LinearizedHessian(LinearOperator):
 
     def _trace_when_used(self, prepared: Preparation) -> None:
         """Exchange the kept maps for traced ones, once, when they have been used much."""
-        if prepared.traced or self._products < TRACE_AFTER:
+        if prepared.tried_tracing or self._products < TRACE_AFTER:
             return
         if may_trace(self.strategy, self.risk):
             start = time.perf_counter()

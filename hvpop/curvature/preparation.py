@@ -48,7 +48,8 @@ class Preparation:
         self._keeping = True
         self.terms, self.complete = self._hold()
         self.parts: list[Part] = []
-        self.traced = False
+        self.tried_tracing = self.traced = False
+        self.batches = len(self.terms)  # of the data, as far as a pass has shown
 
     @property
     def bytes(self) -> int:
@@ -91,8 +92,12 @@ class Preparation:
     def rest(self) -> Iterator[Term]:
         """The batches that do not fit in memory, read again."""
         if not self.complete:
+            count = len(self.terms)
             with closing(self._risk.terms()) as terms:
-                yield from islice(terms, len(self.terms), None)
+                for term in islice(terms, count, None):
+                    count += 1
+                    yield term
+            self.batches = count
 
     def release(self) -> bool:
         """Give up the last map that is kept, to make room; False if none is."""
@@ -106,7 +111,7 @@ class Preparation:
 
     def trace(self, tracer: Compiled) -> None:
         """Exchange kept maps for traced ones, one after the other, as far as that can be and fits."""
-        self.traced = True
+        self.tried_tracing = True
         for i, part in enumerate(self.parts):
             if part.map is None:
                 continue
@@ -117,6 +122,7 @@ class Preparation:
             self.parts[i] = replace(part, map=linear or self._kept_map(part.term))
             if linear is None or tracer.fallback_reason is not None:
                 return
+            self.traced = True
 
     def linearized(self, term: Term) -> LinearMap:
         """The map of a term, made now."""

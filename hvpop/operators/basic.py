@@ -30,6 +30,8 @@ class Identity(LinearOperator):
     @classmethod
     def like(cls, A: LinearOperator) -> Identity:
         """The identity with the order, dtype and device of the square operator ``A``."""
+        if not isinstance(A, LinearOperator):
+            raise TypeError(f"Identity.like expects an operator of hvpop, got {type(A).__name__}")
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"Identity.like expects a square operator, got {A!r}")
         return cls(A.shape[0], dtype=A.torch_dtype, device=A.device)
@@ -128,7 +130,7 @@ class LowRank(LinearOperator):
             (self.U.shape[0], self.W.shape[0]),
             dtype=self.U.dtype,
             device=self.U.device,
-            symmetric=W is None,
+            symmetric=W is None or W is U,
         )
 
     def _apply(self, V: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ def _column(
         damping = _by_name(A, damping)
     value = crossing.entries(f"Damped({A!r})", damping)
     value = value.to(A.device, crossing.working_dtype(A.torch_dtype), copy=True)
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"Damped({A!r}): expected finite numbers, got {damping!r:.60}")
     if value.ndim == 0:
         return value
     if tuple(value.shape) != (n,):

@@ -46,6 +46,10 @@ class Layout:
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """``(..., n)`` to tensors ``(..., *shape)`` by name; views where the memory allows."""
+        if v.ndim == 0 or v.shape[-1] != self.size:
+            raise ValueError(
+                f"the layout of {self.size} entries expects shape (..., {self.size}), got {tuple(v.shape)}"
+            )
         pieces = torch.split(v, list(self.sizes), dim=-1)
         lead = v.shape[:-1]
         return {

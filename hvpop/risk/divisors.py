@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,14 @@ class DivisorWatch(TorchFunctionMode):
 
     A function such as ``lambda z, y: F.cross_entropy(z, y, weight=w)`` divides by the class weights
     of its targets, or by the number of targets not ignored, but does not say so. Batches can then
-    not be weighted by their samples.
+    not be weighted by their samples. One that takes the terms one by one, some of them ignored, may
+    divide by either number.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: str | None = None
+        self.doubtful = self._warned = False
 
     def __torch_function__(
         self,
@@ -30,17 +33,27 @@ class DivisorWatch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self.found is None and (func is F.cross_entropy or func is F.nll_loss):
-            self.found = _divisor(*args, **(kwargs or {}))
+            self.found, doubtful = _divisor(*args, **(kwargs or {}))
+            self.doubtful |= doubtful
         return func(*args, **(kwargs or {}))
 
     def refuse(self) -> None:
-        """Raise if batches cannot be weighted by samples."""
+        """Raise if batches cannot be weighted by samples; warn once if perhaps they cannot."""
         if self.found is not None:
             raise ValueError(
                 f"the loss divides by {self.found}, which differs from batch to batch and cannot be "
                 "told from outside; pass the loss as torch.nn.CrossEntropyLoss(...) or "
                 "functools.partial(F.cross_entropy, ...), or average=Average(weight=...) with a "
                 "function that returns the divisor of a batch"
+            )
+        if self.doubtful and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the loss sums up a cross entropy of which some targets are ignored, and what it divides "
+                "by cannot be told from outside: batches are weighted by their samples, which is wrong "
+                "if it is the number of targets not ignored; then pass average=Average(weight=...) with "
+                "a function that returns that number",
+                stacklevel=2,
             )
 
 
@@ -53,9 +66,13 @@ def _divisor(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> str | None:
-    if reduction != "mean" or target.is_floating_point() or type(target) is not Tensor:
-        return None
+) -> tuple[str | None, bool]:
+    """What it divides by, if not by its samples, and whether the caller may divide by such a number."""
+    if target.is_floating_point() or type(target) is not Tensor:
+        return None, False
+    ignored = bool((target == ignore_index).any())
+    if reduction != "mean":
+        return None, ignored
     if weight is not None:
-        return "the class weights of its targets"
-    return "the number of targets not ignored" if (target == ignore_index).any() else None
+        return "the class weights of its targets", False
+    return "the number of targets not ignored" if ignored else None, False

@@ -44,10 +44,9 @@ class supervised:  # noqa: N801 (used like a function)
     """
 
     def __init__(self, loss: Loss, *, targets: str = "labels") -> None:
-        if not callable(loss):
-            raise TypeError(
-                f"loss must be callable as loss(outputs, targets), got {type(loss).__name__}"
-            )
+        if not callable(loss) or isinstance(loss, type):
+            got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+            raise TypeError(f"loss must be callable as loss(outputs, targets), got {got}")
         self.loss = loss
         self.targets = targets
 

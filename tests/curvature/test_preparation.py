@@ -77,6 +77,13 @@ def test_the_report_tells_what_is_kept_and_what_it_cost() -> None:
     assert (nothing.kept, nothing.bytes, nothing.products) == (0, 0, 0)
 
 
+def test_the_report_counts_batches_that_are_not_held_too() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*regression(23)), 5)
+    A = hessian(mlp(), loader).linearize(memory=0)
+    A @ random(A.shape[1])
+    assert (A.report().batches, A.report().parts, A.report().kept) == (5, 5, 0)
+
+
 # -- memory that runs out ----------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from hvpop import (
     EmpiricalRisk,
     HessianOperator,
     ReverseOverReverse,
+    block_diagonal,
 )
 from hvpop.risk import hugging_face
 
@@ -31,6 +32,10 @@ def product(model: Any = None, loss: Any = None, data: Any = DATA, **settings: A
     model = mlp() if model is None else model
     H = HessianOperator(model, nn.MSELoss() if loss is None else loss, data, **settings)
     return H @ random(H.shape[1])
+
+
+def hessian() -> HessianOperator:
+    return HessianOperator(mlp(), nn.MSELoss(), DATA)
 
 
 def batch_product(batch_loss: Any, data: Any, model: Any = None) -> Tensor:
@@ -60,6 +65,21 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: product(loss="mse"),
         TypeError,
         r"loss must be callable as loss\(outputs, targets\), got str",
+    ),
+    "a class of losses": (
+        lambda: product(loss=nn.MSELoss),
+        TypeError,
+        r"callable as loss\(outputs, targets\), got the class MSELoss",
+    ),
+    "blocks by an unknown rule": (
+        lambda: block_diagonal(hessian(), by="neuron"),  # type: ignore[arg-type]
+        ValueError,
+        r"expects by in \('layer', 'parameter'\) or a function, got 'neuron'",
+    ),
+    "blocks of a sum": (
+        lambda: block_diagonal(hessian() + hessian()),
+        TypeError,
+        "block_diagonal expects a HessianOperator, got <43x43 Sum",
     ),
     "no batch loss": (lambda: batch_product(3, DATA), TypeError, "must be callable, got int"),
     "vector loss": (

@@ -57,6 +57,14 @@ def test_much_used_maps_are_traced_and_products_stay_the_same(traces: list[Any])
     assert A.report().kept == 3
 
 
+def test_where_nothing_is_kept_nothing_is_traced_and_the_report_says_so(traces: list[Any]) -> None:
+    A = operator().linearize(memory=0)
+    for v in V.T[:6]:
+        A @ v
+    assert traces == []
+    assert "traced" not in A.report().strategy
+
+
 def test_a_trace_serves_again_after_a_training_step(traces: list[Any]) -> None:
     model = mlp()
     H = operator(model)

@@ -67,6 +67,12 @@ def test_print_shows_the_tree() -> None:
     ]
 
 
+def test_a_low_rank_operator_of_one_factor_is_symmetric() -> None:
+    U, s = entries(4, 2), torch.ones(2, dtype=torch.float64)
+    assert LowRank(U, s, U).symmetric
+    assert not LowRank(U, s, U.clone()).symmetric  # as far as anyone has said
+
+
 def test_an_operator_without_parts_prints_as_its_repr() -> None:
     assert str(A) == repr(A)
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse
 import torch
 
-from hvpop import BlockDiagonal, Damped, Dense, Diagonal, FromFunction, Identity, LowRank
+from hvpop import BlockDiagonal, Damped, Dense, Diagonal, FromFunction, Identity, Layout, LowRank
 
 from .registry import BF16, F64, NamedDense, dense, entries, symmetric
 
@@ -168,6 +168,21 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "complex damping": (TypeError, "expects real numbers", lambda: Damped(S, 1j)),
     "no damping": (TypeError, "expects real numbers, got None", lambda: Damped(S, None)),
+    "damping that is no number": (
+        ValueError,
+        "expected finite numbers, got nan",
+        lambda: Damped(S, float("nan")),
+    ),
+    "the identity like a tensor": (
+        TypeError,
+        "Identity.like expects an operator of hvpop, got Tensor",
+        lambda: Identity.like(entries(4)),  # type: ignore[arg-type]
+    ),
+    "a vector of another layout": (
+        ValueError,
+        r"layout of 4 entries expects shape \(\.\.\., 4\), got \(3,\)",
+        lambda: Layout(("a",), (torch.Size([4]),)).unflatten(entries(3)),
+    ),
     "damping by name without names": (
         TypeError,
         r"has no named parameters; .* shape \(4,\)",
