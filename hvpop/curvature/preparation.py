@@ -11,6 +11,7 @@ from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..risk.merging import concatenated, stacked
 from ..strategies import Compiled, HVPStrategy, LinearMap, Params
+from .joining import LIVE_BYTES
 from .memory import bytes_of, graph_bytes, out_of_memory
 
 Join = Callable[[Sequence[Term]], Term | None]
@@ -142,7 +143,9 @@ class Preparation:
     def _groups(self, join: Join | None) -> list[list[Term]]:
         if join is None:
             return [[term] for term in self.terms]
-        limit = min(JOINED_BYTES, self._budget // 4)
+        # With little memory what runs as one is not kept, and no larger than of a live product.
+        least = LIVE_BYTES if join is concatenated else 0
+        limit = min(JOINED_BYTES, max(self._budget // 4, least))
         groups: list[list[Term]] = []
         filled, shape = 0, None
         for term in self.terms:

@@ -103,7 +103,7 @@ def plot_eigenvalues(eigenpairs: Eigenpairs, *, ax: Axes | None = None) -> Axes:
         ax.set_yscale("log")
     elif values.min() < 0:
         ax.axhline(0.0, color="0.6", linewidth=0.8)
-        ax.legend(frameon=False)
+        ax.legend()  # in a frame: its marks look like eigenvalues
     if len(rank) <= 30:
         ax.set_xticks(rank)
     ax.set_xlabel("rank, largest first")
