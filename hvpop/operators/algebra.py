@@ -108,8 +108,6 @@ class Product(Composite):
     def _transpose(self) -> LinearOperator:  # so that A.T @ A is seen to be symmetric
         return self if self.symmetric else Product(*(part.T for part in reversed(self.parts)))
 
-    _adjoint = _transpose
-
 
 class Scaled(Composite):
     """``c * A``."""
@@ -126,8 +124,6 @@ class Scaled(Composite):
 
     def _transpose(self) -> LinearOperator:
         return self if self.symmetric else Scaled(self.scale, self.parts[0].T)
-
-    _adjoint = _transpose
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.parts[0]._batch_forms(V, batches)
@@ -172,8 +168,6 @@ class Transposed(Composite):
 
     def _transpose(self) -> LinearOperator:
         return self.parts[0]
-
-    _adjoint = _transpose
 
 
 def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:

@@ -232,7 +232,8 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
 
         return self if self.symmetric else Transposed(self)
 
-    _adjoint = _transpose  # real matrices only
+    def _adjoint(self) -> LinearOperator:
+        return self._transpose()  # real matrices only
 
     def __add__(self, other: Any) -> Any:
         from .algebra import Sum

@@ -70,9 +70,9 @@ def _divisor(
     """What it divides by, if not by its samples, and whether the caller may divide by such a number."""
     if target.is_floating_point() or type(target) is not Tensor:
         return None, False
+    if reduction == "mean" and weight is not None:
+        return "the class weights of its targets", False
     ignored = bool((target == ignore_index).any())
     if reduction != "mean":
         return None, ignored
-    if weight is not None:
-        return "the class weights of its targets", False
     return "the number of targets not ignored" if ignored else None, False

@@ -211,7 +211,7 @@ class _Run:
         direction = self.S @ vectors[:, 0]
         length = direction.norm()
         eps = torch.finfo(self.A.torch_dtype).eps
-        self.failure, self.checked = "stagnated", False
-        self.X = self.best
         if float(curvatures[0] / length**2) < -len(W) * eps * self.scale:
             self.failure, self.direction = "negative curvature", direction / length
+        else:
+            self.failure, self.X = "stagnated", self.best

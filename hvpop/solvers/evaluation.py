@@ -134,7 +134,6 @@ class Evaluation:
             raise ValueError(
                 f"{self.who}: f must be elementwise: of eigenvalues {tuple(ritz.shape)} it gave {got}"
             )
-        values = values.to(ritz)
         if not bool(values.isfinite().all()):
             lowest, highest = ritz.min().item(), ritz.max().item()
             raise ValueError(

@@ -112,10 +112,9 @@ class _Density(Sampling[_State]):
         return 1 if state.products == 0 else self.steps
 
     def advance(self, state: _State, left: int) -> _State:
-        count = max(1, self.count(state, left // self.steps))
-        n = self.A.shape[0]
+        n, affordable = self.A.shape[0], max(1, left // self.steps)
         quadrature = state.quadrature.stepped(
-            self.A, lambda: self.drawn(probes.gaussian, n, state, count)
+            self.A, lambda: self.drawn(probes.gaussian, n, state, affordable)
         )
         assert quadrature.group is not None
         if quadrature.group.alpha.shape[0] < self.steps:

@@ -101,8 +101,8 @@ class _Hutchinson(Sampling[_Moments]):
         return _Moments(zero, zero)
 
     def advance(self, state: _Moments, left: int) -> _Moments:
-        count = self.count(state, left)
-        V = self.drawn(probes.signs, self.A.shape[0], state, count)
+        V = self.drawn(probes.signs, self.A.shape[0], state, left)
+        count = V.shape[1]
         new = V * (self.A @ V)
         # Mean and deviation of a union of two samples (Chan, Golub and LeVeque 1983).
         total, mean = state.count + count, new.mean(1)
@@ -124,7 +124,7 @@ class _Hutchinson(Sampling[_Moments]):
 class _XDiag(LeaveOutSampling):
     name, keep = "diagonal by xdiag", True
 
-    probes = staticmethod(probes.signs)
+    draw = staticmethod(probes.signs)
 
     def read(self, state: LeaveOutState) -> Band:
         """The mean over i of the sketch's diagonal without probe i, plus a sample by probe i.

@@ -92,12 +92,10 @@ class _LogDet(Sampling[_State]):
         return 1 if state.products == 0 else state.quadrature.nodes.shape[0] * min(2, self.block)
 
     def advance(self, state: _State, left: int) -> _State:
-        quadrature, before = state.quadrature, state
-        expected = max(1, quadrature.nodes.shape[0])
-        count = max(1, self.count(state, left // expected))
-        n = self.A.shape[0]
-        quadrature = quadrature.stepped(
-            self.A, lambda: self.drawn(probes.gaussian, n, before, count)
+        n, expected = self.A.shape[0], max(1, state.quadrature.nodes.shape[0])
+        affordable = max(1, left // expected)
+        quadrature = state.quadrature.stepped(
+            self.A, lambda: self.drawn(probes.gaussian, n, state, affordable)
         )
         group = quadrature.group
         assert group is not None

@@ -104,22 +104,18 @@ class Sampling(Task[S]):
         """How many probes have been drawn."""
         return self.samples(state)
 
-    def count(self, state: S, affordable: int) -> int:
-        """How many probes come next: the rest of a round, or what the budget allows of it."""
-        return min(self.block - self.placed(state) % self.block, affordable)
-
     def drawn(
-        self, draw: Callable[..., Tensor], n: int, state: S, count: int, *key: object
+        self, draw: Callable[..., Tensor], n: int, state: S, affordable: int, *key: object
     ) -> Tensor:
-        """The next ``count`` probes, ``(n, count)``.
+        """The next probes, ``(n, count)``: the rest of a round of ``block``, or what is affordable of it.
 
-        A round of ``block`` is drawn as a whole, so that where a budget cuts it short, a run that
-        goes on with more takes the others.
+        Where a budget cuts a round short, a run that goes on with more takes what was left.
         """
-        used = self.placed(state) % self.block
-        place = (self.placed(state) - used) * self.unit
-        V = draw(n, self.block, *self.like().values(), self.seed, self.name, place, *key)
-        return V[:, used : used + count]
+        placed = self.placed(state)
+        used = placed % self.block
+        count = min(self.block - used, affordable)
+        key = (self.seed, self.name, (placed - used) * self.unit, *key)
+        return draw(n, count, *self.like().values(), *key, skip=used)
 
     def noted(self, state: S) -> S:
         """``state`` with its estimate added to the history."""

@@ -31,11 +31,11 @@ class SplitSampling(Sampling[SplitState]):
         return SplitState(Split.empty(self.A, self.dtype))
 
     def advance(self, state: SplitState, left: int) -> SplitState:
-        (m, n), count = self.A.shape, self.count(state, left // self.unit)
-        sketch = self.drawn(probes.gaussian, m, state, count, "sketch")
-        G = self.drawn(probes.signs, n, state, count, "probe")
+        (m, n), affordable = self.A.shape, left // self.unit
+        sketch = self.drawn(probes.gaussian, m, state, affordable, "sketch")
+        G = self.drawn(probes.signs, n, state, affordable, "probe")
         split = state.split.grown(self.A, sketch, G)
-        return self.noted(SplitState(split, state.products + 3 * count, state.history))
+        return self.noted(SplitState(split, state.products + 3 * G.shape[1], state.history))
 
     def samples(self, state: SplitState) -> int:
         return state.split.G.shape[1]
@@ -71,14 +71,13 @@ class LeaveOutSampling(Sampling[LeaveOutState]):
     def start(self) -> LeaveOutState:
         return LeaveOutState(LeaveOut.empty(self.A.shape[0], self.dtype, self.A.device))
 
-    probes: Callable[..., Tensor]  # as those of the module `probes`
+    draw: Callable[..., Tensor]  # one of the functions of `probes`
 
     def advance(self, state: LeaveOutState, left: int) -> LeaveOutState:
         n, N = state.sketch.Q.shape
-        count = min(self.count(state, left // self.unit), n - N)
-        Omega = self.drawn(self.probes, n, state, count)
+        Omega = self.drawn(self.draw, n, state, min(left // self.unit, n - N))
         sketch = state.sketch.grown(self.A, Omega, keep=self.keep)
-        return self.noted(LeaveOutState(sketch, state.products + 2 * count, state.history))
+        return self.noted(LeaveOutState(sketch, state.products + 2 * Omega.shape[1], state.history))
 
     def samples(self, state: LeaveOutState) -> int:
         return state.sketch.Q.shape[1]

@@ -107,11 +107,10 @@ class _Hutchinson(Sampling[_Samples]):
         return _Samples(torch.empty(0, dtype=torch.float64))
 
     def advance(self, state: _Samples, left: int) -> _Samples:
-        count = self.count(state, left)
-        V = self.drawn(probes.signs, self.A.shape[0], state, count)
+        V = self.drawn(probes.signs, self.A.shape[0], state, left)
         values = (V * (self.A @ V)).sum(0).cpu().double()
         return self.noted(
-            _Samples(torch.cat([state.values, values]), state.products + count, state.history)
+            _Samples(torch.cat([state.values, values]), state.products + V.shape[1], state.history)
         )
 
     def samples(self, state: _Samples) -> int:
@@ -135,7 +134,7 @@ class _HutchPlusPlus(SplitSampling):
 class _XTrace(LeaveOutSampling):
     name = "trace by xtrace"
 
-    probes = staticmethod(probes.sphere)
+    draw = staticmethod(probes.sphere)
 
     def read(self, state: LeaveOutState) -> Band:
         """The mean of ``t_i``, the trace on the sketch without probe i, plus a sample by probe i.

@@ -42,9 +42,8 @@ def _width(k: int) -> int:
 
 def _curves(axis: str, make: Callable[[int], Workload], plan: Plan) -> list[Curve]:
     calls, numbers = {}, []
-    for k in reversed(
-        plan.sizes
-    ):  # a large one leaves the caches cold, which a small one would pay
+    # From large to small: a large one leaves the caches cold, which a small one would pay for.
+    for k in reversed(plan.sizes):
         workload = make(k)
         batches = len(list(workload.data))
         numbers.insert(0, batches if axis == "batches" else workload.parameters)
