@@ -1,10 +1,33 @@
-"""Numbers that a caller gives, checked before any work: who expects what, and what came."""
+"""What a caller gives, checked before any work: who expects what, what came, and what to do."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
 from typing import Any
+
+from .base import LinearOperator
+
+
+def operator(who: str, A: Any) -> None:
+    """Refuse what is no operator of hvpop, or has no entries."""
+    if not isinstance(A, LinearOperator):
+        raise TypeError(
+            f"{who} expects an hvpop.LinearOperator, got {type(A).__name__}; "
+            "wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
+        )
+    if 0 in A.shape:
+        raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
+
+
+def symmetric(who: str, A: Any, instead: str) -> None:
+    """Refuse what is no symmetric operator; ``instead`` is what to do with another."""
+    operator(who, A)
+    if not A.symmetric:
+        raise ValueError(
+            f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or build "
+            "it with symmetric=True if it is symmetric"
+        )
 
 
 def counts(who: str, least: int = 1, **given: Any) -> None:

@@ -51,25 +51,9 @@ def start(who: str, A: LinearOperator, b: Tensor, x0: Any) -> Tensor | None:
     return X.clone()
 
 
-def operator(who: str, A: Any) -> None:
-    """``A`` is an operator of hvpop."""
-    if not isinstance(A, LinearOperator):
-        raise TypeError(
-            f"{who} expects an hvpop.LinearOperator, got {type(A).__name__}; "
-            "wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
-        )
-    if 0 in A.shape:
-        raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
-
-
 def symmetric(who: str, A: Any, instead: str = "use lsmr") -> None:
     """``A`` is a symmetric operator."""
-    operator(who, A)
-    if not A.symmetric:
-        raise ValueError(
-            f"{who} expects a symmetric operator, got {A!r}; {instead}, "
-            "or build it with symmetric=True if it is symmetric"
-        )
+    arguments.symmetric(who, A, instead)
 
 
 def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None:

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from . import checks
 from .inverse import NotConverged
 
@@ -67,7 +67,7 @@ class Direct:
         return float(diagonal.abs().log().sum())
 
     def _factorize(self, A: LinearOperator) -> None:
-        checks.operator("Direct", A)
+        arguments.operator("Direct", A)
         A = A.linearize()
         if A is self._of and A.is_current():
             return

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, LowRank
+from ..operators import LinearOperator, LowRank, arguments
 from ..operators.algebra import Composite
-from . import checks
 from .cg import cg
 from .results import SolveResult
 
@@ -52,7 +51,7 @@ class Inverse(Composite):
     """
 
     def __init__(self, A: LinearOperator, solve: Solver = cg) -> None:
-        checks.operator("Inverse", A)
+        arguments.operator("Inverse", A)
         if A.shape[0] != A.shape[1]:
             raise ValueError(
                 f"Inverse expects a square operator, got {A!r}; lsmr solves rectangular systems"

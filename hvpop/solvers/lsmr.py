@@ -69,7 +69,7 @@ def lsmr(
     >>> result.x, result.residual_norms
     (tensor([1.0000, 0.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
-    checks.operator("lsmr", A)
+    arguments.operator("lsmr", A)
     checks.limits("lsmr", rtol, atol, max_steps)
     arguments.not_negative("lsmr", damping=damping)
     B = checks.columns("lsmr", A, b)

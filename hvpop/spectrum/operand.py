@@ -6,20 +6,16 @@ from typing import Any
 
 import torch
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 
 
 def symmetric(
     who: str, A: Any, instead: str = "symmetrize it, or take svds of SciPy"
 ) -> LinearOperator:
     """``A`` linearized, or an error that says why ``who`` cannot use it."""
-    checked = operator(who, A)
-    if not checked.symmetric:
-        raise ValueError(
-            f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or build "
-            "it with symmetric=True if it is symmetric"
-        )
-    return checked
+    arguments.symmetric(who, A, instead)
+    linearized: LinearOperator = A.linearize()
+    return linearized
 
 
 def square(who: str, A: Any) -> LinearOperator:
@@ -32,14 +28,9 @@ def square(who: str, A: Any) -> LinearOperator:
 
 def operator(who: str, A: Any) -> LinearOperator:
     """``A`` linearized, or an error if it is no hvpop operator."""
-    if not isinstance(A, LinearOperator):
-        raise TypeError(
-            f"{who} expects an hvpop.LinearOperator, got {type(A).__name__}; "
-            "wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
-        )
-    if 0 in A.shape:
-        raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
-    return A.linearize()
+    arguments.operator(who, A)
+    linearized: LinearOperator = A.linearize()
+    return linearized
 
 
 HUTCHINSON = "method='hutchinson' takes any square one"
