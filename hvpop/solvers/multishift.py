@@ -73,7 +73,7 @@ def multishift_cg(
     try:
         C = torch.as_tensor(shifts, dtype=B.dtype, device=B.device).detach()
     except (TypeError, ValueError):
-        C = B.new_empty(0)
+        C = B.new_empty(0)  # no numbers: refused like an empty list
     if C.ndim != 1 or C.numel() == 0 or not bool(C.isfinite().all()):
         raise ValueError(f"multishift_cg expects shifts as a list of finite numbers, got {shifts}")
     A = A.linearize()
