@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
 from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
 from .modules import ONE_THREAD, Inventory, Selection, kept, unwrapped
-from .plain import is_plain
+from .plain import CONVOLUTIONS, is_plain
 from .policies import TwiceDifferentiable
 from .randomness import Seeded, SeededThroughout, seed_tensor, torch_states
 from .rewrites import Rewrites
@@ -138,6 +138,7 @@ class EmpiricalRisk:
         by_samples = average.weight is None and not knows_divisor(batch_loss)
         self._watch = DivisorWatch() if by_samples else None
         self._plain = False
+        self._convolves = False
         self._has_strays: bool | None = None  # not known before the first evaluation
         self._draws_beside_torch: bool | None = None  # likewise
         self._policies = TwiceDifferentiable()
@@ -151,7 +152,9 @@ class EmpiricalRisk:
         with ONE_THREAD:
             self._inventory = Inventory(self._roots)
         loss = getattr(self.batch_loss, "loss", None)
-        self._plain = is_plain((m for m in self._inventory.modules if m is not loss), loss)
+        layers = [m for m in self._inventory.modules if m is not loss]
+        self._plain = is_plain(layers, loss)
+        self._convolves = self._plain and any(isinstance(m, CONVOLUTIONS) for m in layers)
         self._chosen = self._inventory.trainable(self._selection)
         return self._chosen
 
@@ -224,9 +227,11 @@ class EmpiricalRisk:
         """The loss of one batch at ``params``: a 0-dim tensor. The model is as before afterwards."""
         if self._plain:
             live = self._inventory.parameters
-            if not state and all(live.get(n) is p for n, p in params.items()):
-                return scalar(self.batch_loss(self.model, batch))
-            with self._inventory.holding(state | params):
+            in_place = not state and all(live.get(n) is p for n, p in params.items())
+            with (
+                nullcontext() if in_place else self._inventory.holding(state | params),
+                self._rewrites if self._convolves else nullcontext(),
+            ):
                 return scalar(self.batch_loss(self.model, batch))
         value = self._evaluated(params, state, batch, seed)
         if self._has_strays is None:

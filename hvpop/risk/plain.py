@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that `hvpop.risk.convolutions` makes faster."""
+
 ORDINARY = {
     nn.Sequential,
     nn.Identity,
     nn.Flatten,
     nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
+    *CONVOLUTIONS,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.AvgPool2d,
@@ -29,7 +30,7 @@ ORDINARY = {
     nn.Softmax,
     nn.LogSoftmax,
 }
-"""Layers without random numbers, buffers, attention, checkpoints or ops that need rewriting."""
+"""Layers without random numbers, buffers, attention, checkpoints or ops that must be rewritten."""
 
 ORDINARY_LOSSES = {nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss}
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import formulas
+from .convolutions import CONVOLUTIONS
 
 
 class Rewrites(TorchFunctionMode):
@@ -57,7 +58,7 @@ class Rewrites(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        rewrite = REWRITES.get(func)
+        rewrite = REWRITES.get(func) or CONVOLUTIONS.get(func)
         if rewrite is not None:
             # torch runs this method with the mode off: a formula may call the op it replaces.
             result = rewrite(*args, **(kwargs or {}))
