@@ -13,6 +13,7 @@ from torch import Tensor
 from ..risk import EmpiricalRisk, Term
 from ..strategies import FiniteDifference, FirstThatWorks, HVPStrategy, Params
 from ..strategies.fallback import settled
+from ..strategies.rounding import rounding
 from .diagnosis import culprit
 from .findings import Finding, Level, Timing
 from .referee import Difference, difference
@@ -89,7 +90,7 @@ class Examination:
 
     @property
     def _eps(self) -> float:
-        return max(torch.finfo(p.dtype).eps for p in self.point.values())
+        return rounding(self.point.values())
 
 
 def admitted(H: HessianOperator, batches: int | None) -> Examination:

@@ -13,6 +13,7 @@ from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..risk.merging import concatenated
 from ..strategies import FiniteDifference, HVPStrategy, Params
+from ..strategies.rounding import agree, rounding
 from .memory import graph_bytes
 from .space import WeightedSum, multiplier
 
@@ -91,7 +92,7 @@ def run_as_one(
 
     truth = product(pair)
     try:
-        return agree(product([joined]), truth)
+        return same(product([joined]), truth)
     except Exception:  # batches that do not fit together
         return False
 
@@ -105,15 +106,9 @@ def random_direction(point: Params, seed: int) -> Params:
     }
 
 
-def agree(products: list[Tensor], truth: list[Tensor], tolerance: float | None = None) -> bool:
+def same(products: list[Tensor], truth: list[Tensor]) -> bool:
     """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
-    if tolerance is None:
-        tolerance = 1000 * torch.finfo(truth[0].dtype).eps
-    error = sum(
-        float((y - t).double().square().sum()) for y, t in zip(products, truth, strict=True)
-    )
-    scale = sum(float(t.double().square().sum()) for t in truth)
-    return bool(error**0.5 <= tolerance * scale**0.5)
+    return agree(products, truth, 1000 * rounding(truth))
 
 
 def _as_one(group: list[Term]) -> Term:

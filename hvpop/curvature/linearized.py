@@ -26,9 +26,10 @@ from ..strategies import (
 )
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
+from ..strategies.rounding import FLOAT32, agree
 from .diagnosis import culprit
 from .forms import batch_forms
-from .joining import agree, random_direction, run_as_one
+from .joining import random_direction, run_as_one, same
 from .memory import budget_in_bytes, out_of_memory
 from .preparation import Preparation
 from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
@@ -222,10 +223,10 @@ class LinearizedHessian(LinearOperator):
             with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
                 prepared.build(join)
                 product = self._product(prepared, probe)
-                if agree(product, truth):
+                if same(product, truth):
                     return prepared
                 # Concatenation may be wrong, where samples see each other; stacking may not.
-                if join is stacked and not agree(product, truth, 1e-4):
+                if join is stacked and not agree(product, truth, FLOAT32):
                     warnings.warn(_DISAGREES.format(self), stacklevel=2)
         prepared.build(None)
         return prepared

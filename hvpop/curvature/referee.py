@@ -15,6 +15,7 @@ from ..risk import EmpiricalRisk, Term
 from ..risk.batches import map_tensors
 from ..strategies import Params
 from ..strategies.base import grad_enabled
+from ..strategies.rounding import rounding
 from .space import WeightedSum
 
 STEPS = 4
@@ -50,7 +51,7 @@ def _agreed(
     risk: EmpiricalRisk, terms: list[Term], point: Params, state: Params, v: Params
 ) -> Difference:
     """The difference for the first step that agrees with the next one, or else nearly does."""
-    eps = max(torch.finfo(p.dtype).eps for p in point.values())
+    eps = rounding(point.values())
     found: list[Difference] = []
     coarse: Tensor | None = None
     for h in _steps(eps, max(_norm(point), 1.0) / _norm(v)):

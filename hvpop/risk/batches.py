@@ -7,10 +7,11 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .randomness import private_rng
@@ -106,10 +107,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """The same structure with ``function`` applied to each tensor in it.
 
     Goes through tuples, named tuples, lists, mappings and dataclasses; other objects with a
-    ``.to(device)`` (packed sequences, graphs) are left to their owner.
+    ``.to(device)`` (graphs) are left to their owner. The lengths in a packed sequence stay as they
+    are: torch reads them on the CPU, wherever the sequence is.
     """
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, PackedSequence):
+        data, lengths, *orders = batch
+        return PackedSequence(
+            function(data), lengths, *(i if i is None else function(i) for i in orders)
+        )
     if isinstance(batch, tuple):
         mapped = [map_tensors(function, item) for item in batch]
         return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
@@ -156,8 +163,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device`` and usable by autograd; nothing is copied needlessly."""
     if isinstance(batch, Tensor):
         return _ready(batch, device)
-    if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
-        return cast(Any, batch).to(device=device)  # torch's stub lacks the keyword
     found = tensors_in(batch)
     if not found and hasattr(batch, "to"):
         return batch.to(device)

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-SMALL = 2**24
-"""Multiplications (one forward pass) below which torch's own way is taken: there the calls from
-Python cost more than the kernels save (float32, 3x3, kept and live product of a layer, to torch's:
-1.16 and 1.25 at 2**20, 0.96 and 1.18 at 2**23, 1.00 and 1.01 at 2**24, 0.85 and 0.91 at 2**27).
-With groups it is never better: 0.44 and 0.65 at 2**19 with 32 of them."""
+SMALL = {"cpu": 2**24, "cuda": 2**28}
+"""Multiplications (one forward pass, by device) below which torch's own way is taken: there the
+calls from Python cost more than the kernels save. Kept and live product of a 3x3 layer, to torch's,
+float32: 1.16 and 1.25 at 2**20, 1.00 and 1.01 at 2**24, 0.85 and 0.91 at 2**27 on a CPU; 1.14 and
+1.37 at 2**25, 0.64 and 1.03 at 2**28, 0.33 and 0.49 at 2**32 on an H200. With groups it always
+pays: 0.44 and 0.65 at 2**19 with 32 of them, 0.02 and 0.03 at 2**25 with 64 on the H200."""
 
 INPUT, WEIGHT, OUTPUT = range(3)
 
@@ -177,7 +178,8 @@ def _pays(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     if not geometry.transposed:
         work //= prod(geometry.stride)
     one_pixel = prod(weight.shape[2:]) == 1  # torch multiplies matrices then
-    return work >= SMALL and not one_pixel
+    small = SMALL.get(input.device.type, SMALL["cpu"])
+    return work >= small and not one_pixel
 
 
 def _is_ordinary(*tensors: Tensor | None) -> bool:

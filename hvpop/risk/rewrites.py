@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import formulas
+from . import formulas, recurrent
 from .convolutions import CONVOLUTIONS
 
 
@@ -91,6 +91,10 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.scatter_reduce: formulas.scatter_reduce,  # "prod": forward is WRONG, without an error
     torch.Tensor.scatter_reduce: formulas.scatter_reduce,
     torch.Tensor.scatter_reduce_: formulas.scatter_reduce_,
+    torch.lstm: recurrent.lstm,  # cuDNN's kernels: reverse, forward
+    torch.gru: recurrent.gru,
+    torch.rnn_tanh: recurrent.rnn_tanh,
+    torch.rnn_relu: recurrent.rnn_relu,
     torch.cholesky_inverse: formulas.cholesky_inverse,  # forward is WRONG, without an error
     torch.Tensor.cholesky_inverse: formulas.cholesky_inverse,
 }

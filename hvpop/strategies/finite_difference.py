@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
+from .rounding import rounding
 
 
 class FiniteDifference(HVPStrategy):
@@ -48,7 +49,7 @@ class FiniteDifference(HVPStrategy):
                 f"FiniteDifference needs float32 or float64 parameters, got {coarsest}; "
                 "convert the model with .float(), or use another strategy"
             )
-        step = self.step or float(torch.finfo(coarsest).eps ** (1 / 3))
+        step = self.step or rounding(params.values()) ** (1 / 3)
         return _GradientDifference(fn, params, args, step, differentiable)
 
 

@@ -25,6 +25,7 @@ from .base import (
 )
 from .graphs import explained
 from .reverse import ReverseOverReverse
+from .rounding import rounding
 
 
 class ForwardOverReverse(HVPStrategy):
@@ -71,13 +72,13 @@ class _TangentOfGradient(LinearMap):
         self._differentiable = differentiable
 
     def __call__(self, v: Params) -> Params:
-        with grad_enabled(), _native_kernels(), forward_ad.dual_level():
+        with grad_enabled(), forward_ad.dual_level():
             point = leaves(self._params, differentiable=self._differentiable)
             with explained(self._strategy):
                 dual = {
                     n: forward_ad.make_dual(p, plain(v[n]).to(p.dtype)) for n, p in point.items()
                 }
-                with _NoGradStopsTangents():
+                with _ForwardMode():
                     loss = self._fn(dual, *self._args)
                 if not loss.requires_grad:
                     return filled(point, (None,) * len(point))
@@ -121,7 +122,7 @@ class _ComparedOnce(LinearMap):
 
 def _compare(product: Params, reference: Params, v: Params) -> None:
     error = _norm({n: p - reference[n] for n, p in product.items()})
-    eps = max(torch.finfo(p.dtype).eps for p in product.values())
+    eps = rounding(product.values())
     scale = max(_norm(product), _norm(reference))
     if error > eps**0.4 * scale and error > 1000 * eps * _norm(v):
         warnings.warn(
@@ -132,8 +133,12 @@ def _compare(product: Params, reference: Params, v: Params) -> None:
         )
 
 
-class _NoGradStopsTangents(TorchFunctionMode):
-    """Under ``torch.no_grad()`` tangents stop as gradients do; torch lets them through."""
+class _ForwardMode(TorchFunctionMode):
+    """What torch's forward mode does not do by itself.
+
+    Under ``torch.no_grad()`` tangents stop as gradients do; torch lets them through. Recurrent
+    layers run without oneDNN, whose kernels for them have no forward derivative; torch's own have.
+    """
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
@@ -146,14 +151,19 @@ class _NoGradStopsTangents(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in _RECURRENT:
+            with _without_onednn():
+                return func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(*args)
         return func(*args, **(kwargs or {}))
 
 
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
 @contextmanager
-def _native_kernels() -> Iterator[None]:
-    """Without oneDNN, whose recurrent kernels have no forward derivative; torch's own have."""
+def _without_onednn() -> Iterator[None]:
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:

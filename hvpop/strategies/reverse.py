@@ -10,11 +10,13 @@ from torch.utils import _pytree as pytree
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
 from .graphs import check_graph, explained
+from .rounding import FLOAT32, agree, reordered, rounding
 
-BATCHED_NUMEL = 2**15
-"""Columns are multiplied together where parameters and data have at most this many entries: there
-bookkeeping dominates (64-32-10 network, batch 128, 16 columns: 0.11 instead of 0.29 ms a column).
-Beyond, vectorized kernels lose to single ones (64-256-10, batch 1024: 6.9 instead of 3.8 ms)."""
+BATCHED_NUMEL = {"cpu": 2**15, "cuda": 2**20}
+"""Columns are multiplied together where parameters and data have at most this many entries (by
+device): there bookkeeping dominates (64-32-10 network, batch 128, 16 columns: 0.11 instead of
+0.29 ms a column). Beyond, vectorized kernels lose to single ones (64-256-10, batch 1024: 6.9
+instead of 3.8 ms), or take memory for nothing."""
 
 BLOCK = 16
 """Columns at a time: more gain nothing more, and each costs the memory of a gradient."""
@@ -97,8 +99,10 @@ class _DoubleBackward(LinearMap):
         return {name: torch.cat([block[name] for block in blocks]) for name in V}
 
     def _is_small(self) -> bool:
-        tensors = [*self._point.values(), *pytree.tree_leaves(self._args)]
-        return sum(t.numel() for t in tensors if isinstance(t, Tensor)) <= BATCHED_NUMEL
+        leaves = [*self._point.values(), *pytree.tree_leaves(self._args)]
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        small = BATCHED_NUMEL.get(tensors[0].device.type, BATCHED_NUMEL["cpu"])
+        return sum(t.numel() for t in tensors) <= small
 
     def _batched(self, V: Params) -> Params | None:
         """Some columns at once; None where an op has no rule for that, or a wrong one."""
@@ -113,7 +117,11 @@ class _DoubleBackward(LinearMap):
             single = self({name: v[0] for name, v in V.items()})
             if not all(t.isfinite().all() for t in single.values()):
                 return products  # not comparable, and somebody else's to tell
-            strategy.batches_columns = _agree({n: p[0] for n, p in products.items()}, single)
+            strategy.batches_columns = agree(
+                (products[name][0] for name in single),
+                single.values(),
+                max(FLOAT32, reordered(rounding(single.values()))),
+            )
             if not strategy.batches_columns:
                 warnings.warn(
                     f"{strategy!r}: columns are multiplied one by one, because together they gave "
@@ -136,11 +144,3 @@ class _DoubleBackward(LinearMap):
                 is_grads_batched=k is not None,
             )
         return filled(self._point, products, k)
-
-
-def _agree(product: Params, truth: Params) -> bool:
-    """Equal up to rounding, also that of float32 inside a float64 model; a wrong rule shows by more."""
-    scale = max((float(t.abs().max()) for t in truth.values() if t.numel()), default=0.0)
-    return all(
-        float((product[n] - t).abs().max()) <= 1e-4 * scale for n, t in truth.items() if t.numel()
-    )

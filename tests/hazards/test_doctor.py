@@ -51,13 +51,13 @@ def test_a_reentrant_checkpoint_left_in_place_is_found(monkeypatch: Any) -> None
 
 
 def test_forward_mode_that_sees_through_no_grad_is_told_apart(monkeypatch: Any) -> None:
-    class Nothing(forward._NoGradStopsTangents):
+    class Nothing(forward._ForwardMode):
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(forward, "_NoGradStopsTangents", Nothing)
+    monkeypatch.setattr(forward, "_ForwardMode", Nothing)
     result = operator(around(without_grad)).check()
     assert not result.healthy
     assert "ReverseOverReverse(): is off by" in said(result, "note")  # where forward mode is not

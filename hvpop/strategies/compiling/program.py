@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from ..rounding import agree, reordered, rounding
 from .buffers import fuse_additions, reuse_buffers, spell_out_scales
 from .simplifying import simplify
 from .splitting import split
@@ -32,7 +33,8 @@ class Program:
         self, product: Run, inputs: Sequence[Tensor], v: Sequence[Tensor], *, compiler: bool
     ) -> None:
         graph = simplify(trace(product, [*inputs, *v]), len(inputs))
-        self._eps = coarsest_rounding(graph)
+        values = (node.meta.get("val") for node in graph.graph.nodes)
+        self._tolerance = reordered(rounding(v for v in values if isinstance(v, Tensor)))
         prepare, self._product = split(graph, len(inputs))
         self.prepare: Run = prepare.forward
         self.run: Run | None = None
@@ -49,7 +51,7 @@ class Program:
         seconds: dict[Run, float] = {}
         for name, way in ways.items():
             try:
-                right = agree(way(*residuals, *v), expected, self._eps)
+                right = agree(way(*residuals, *v), expected, self._tolerance)
             except Exception as error:  # a shape or a layout that the graph was not made for
                 complaints.append(f"the {name} product failed ({first_line(error)})")
                 continue
@@ -74,7 +76,7 @@ class Program:
             return [f"columns go one by one ({first_line(error)})"]
         # A combination of the products is the product of the same combination.
         expected = self.run(*residuals, *map(_combined, V))
-        if not agree([_combined(column) for column in result], expected, self._eps):
+        if not agree([_combined(column) for column in result], expected, self._tolerance):
             return ["the product of several columns disagreed with that of one"]
         one = _seconds(self.run, [*residuals, *(column[0] for column in V)])
         if _seconds(way, [*residuals, *V]) < k * one:  # not so for convolutions, on a CPU
@@ -143,24 +145,6 @@ def _seconds(run: Run, arguments: Sequence[Tensor]) -> float:
             torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def agree(result: Sequence[Tensor], expected: Sequence[Tensor], eps: float) -> bool:
-    """Whether two computations of the same tensors differ by no more than rounding.
-
-    Two orders of evaluation differ by far more than one unit of rounding where sums cancel; a third
-    of the digits are left to that. (An error of the method is of order one.)
-    """
-    error = math.hypot(*(float((a - b).norm()) for a, b in zip(result, expected, strict=True)))
-    size = math.hypot(*(float(b.norm()) for b in expected))
-    return bool(error <= 4 * eps ** (2 / 3) * size)
-
-
-def coarsest_rounding(graph_module: fx.GraphModule) -> float:
-    """The eps of the least precise numbers in a graph: models in float64 may have losses in float32."""
-    values = [node.meta.get("val") for node in graph_module.graph.nodes]
-    dtypes = {val.dtype for val in values if isinstance(val, Tensor)}
-    return max(torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex)
 
 
 def _combined(columns: Tensor) -> Tensor:

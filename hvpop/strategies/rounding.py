@@ -1,0 +1,54 @@
+"""How far two computations of the same numbers may be apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT32 = 1e-4
+"""What float32 leaves of a product, relative: models in float64 may have some inside."""
+
+TF32 = 2.0**-16
+"""The eps that float32 has on tensor cores: those round what they multiply to 10 bits and add
+exactly, so that a product was off by 1e-4 to 3e-4 on an H200, where 4 eps^(2/3) is 2e-3."""
+
+
+def rounding(tensors: Iterable[Tensor]) -> float:
+    """The eps of the least precise of some numbers, as torch multiplies them."""
+    kinds = {(t.dtype, t.device.type) for t in tensors if t.is_floating_point() or t.is_complex()}
+    eps = max(torch.finfo(dtype).eps for dtype, _ in kinds)
+    if (torch.float32, "cuda") in kinds and _uses_tensor_cores():
+        return max(eps, TF32)
+    return eps
+
+
+def _uses_tensor_cores() -> bool:
+    backends: Any = torch.backends  # torch's stubs lack what is asked here
+    users = backends.cudnn.conv, backends.cuda.matmul
+    return any(user.fp32_precision == "tf32" for user in users)
+
+
+def reordered(eps: float) -> float:
+    """What two orders of evaluation may differ by, relative.
+
+    By far more than one unit of rounding where sums cancel; a third of the digits are left to that.
+    (An error of the method is of order one.)
+    """
+    return 4 * math.cbrt(eps) ** 2
+
+
+def agree(result: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
+    """Whether the norm of the difference is at most ``tolerance`` times that of what is expected."""
+    pairs = [(_wide(a), _wide(b)) for a, b in zip(result, expected, strict=True)]
+    error = math.hypot(*(float((a - b).norm()) for a, b in pairs))
+    size = math.hypot(*(float(b.norm()) for _, b in pairs))
+    return error <= tolerance * size
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least, where squares do not overflow."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
