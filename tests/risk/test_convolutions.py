@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(convolutions, "SMALL", {"cpu": 0})
+    monkeypatch.setattr(convolutions, "SMALL", 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -150,6 +150,30 @@ def test_the_rows_left_over_by_a_transposed_convolution_have_a_third_derivative(
     )
     for ours_, n, f in zip(third, near, far, strict=True):
         torch.testing.assert_close(ours_, (8 * n - f) / (12 * h), rtol=1e-7, atol=1e-7)
+
+
+def grouped(w: Tensor) -> Tensor:
+    return F.conv2d(torch.ones(2, 4, 6, 6).double(), w, groups=2).sin().sum()
+
+
+FUNCTORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": torch.func.grad(grouped),
+    "jvp": lambda w: torch.func.jvp(grouped, (w,), (w.cos(),))[1],
+    "jvp of grad": lambda w: torch.func.jvp(torch.func.grad(grouped), (w,), (w.cos(),))[1],
+    "hessian": torch.func.hessian(grouped),
+    "vmap": lambda w: torch.func.vmap(torch.func.grad(grouped))(torch.stack([w, w.cos()])),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTORCH)
+def test_models_may_use_functorch_themselves(name: str) -> None:
+    w = randn(4, 2, 3, 3)
+    expected = FUNCTORCH[name](w)
+    seen: set[str] = set()
+    with Rewrites(seen):
+        result = FUNCTORCH[name](w)
+    assert seen == {"conv2d"}
+    torch.testing.assert_close(result, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
 LEFT_TO_TORCH: dict[str, Callable[[], Tensor]] = {
