@@ -32,7 +32,7 @@ from .forms import batch_forms
 from .joining import random_direction, run_as_one, same
 from .memory import budget_in_bytes, out_of_memory
 from .preparation import Preparation
-from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
+from .space import WeightedSum, columns_in, from_point, layout_of, multiplier, space_of, to_point
 from .tracing import TRACE_AFTER, Tracer, may_trace
 
 
@@ -186,12 +186,13 @@ class LinearizedHessian(LinearOperator):
 
     def _product(self, prepared: Preparation, columns: Params) -> list[Tensor]:
         multiply = multiplier(columns)
+        width = prepared.columns_at_once() if columns_in(columns) > 1 else 1
         total = WeightedSum(self.risk.average.normalized)
         for part in prepared.parts:
             # No name for a map made here: its graph is gone before the next one is built.
-            total.add(multiply(part.map or prepared.linearized(part.term)), part.term.weight)
+            total.add(multiply(part.map or prepared.linearized(part.term), width), part.term.weight)
         for term in prepared.rest():
-            total.add(multiply(prepared.linearized(term)), term.weight)
+            total.add(multiply(prepared.linearized(term), width), term.weight)
         self._passes += not prepared.complete
         return total.result()
 

@@ -125,6 +125,11 @@ class Preparation:
                 return
             self.traced = True
 
+    def columns_at_once(self) -> int:
+        """How many fit in the budget: vectorized, each passes through tensors of the graph's size."""
+        largest = max(self._graph_bytes.values(), default=1)
+        return max(1, max(self._budget, LIVE_BYTES) // max(1, largest))
+
     def linearized(self, term: Term) -> LinearMap:
         """The map of a term, made now."""
         return self._strategy.linearize(term.function, self._point, self._state, *term.data)

@@ -96,9 +96,23 @@ def columns_in(columns: Params) -> int:
     return next(iter(columns.values())).shape[0]
 
 
-def multiplier(columns: Params) -> Callable[[LinearMap], list[Tensor]]:
-    """What multiplies a map by some columns; a single one goes the strategies' shorter way."""
-    if columns_in(columns) > 1:
-        return lambda linear: list(linear.columns(columns).values())
+def multiplier(columns: Params) -> Callable[..., list[Tensor]]:
+    """``multiply(linear, width)``: a map times some columns, at most ``width`` of them at once.
+
+    A single one goes the strategies' shorter way.
+    """
+    k = columns_in(columns)
     v = {name: column[0] for name, column in columns.items()}
-    return lambda linear: list(linear(v).values())
+
+    def multiply(linear: LinearMap, width: int = k) -> list[Tensor]:
+        if k == 1:
+            return list(linear(v).values())
+        if width >= k:
+            return list(linear.columns(columns).values())
+        blocks = [
+            linear.columns({name: c[start : start + width] for name, c in columns.items()})
+            for start in range(0, k, width)
+        ]
+        return [torch.cat([block[name] for block in blocks]) for name in columns]
+
+    return multiply

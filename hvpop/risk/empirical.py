@@ -322,6 +322,8 @@ class EmpiricalRisk:
         with ExitStack() as contexts:
             contexts.enter_context(self._inventory.holding(held))
             contexts.enter_context(self._randomness(seed))
+            if self._inventory.recurrent:  # cuDNN has no derivative of these in eval mode
+                contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
             loss = scalar(self.batch_loss(self.model, batch))

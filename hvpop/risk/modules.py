@@ -49,7 +49,7 @@ class Inventory:
         self.buffers: dict[str, Tensor] = {}
         self._roots = roots
         self._slots: list[tuple[MutableMapping[str, Any], str, str]] = []
-        self._recurrent: list[nn.RNNBase] = []
+        self.recurrent: list[nn.RNNBase] = []
         self.modules: list[nn.Module] = []
         seen: dict[int, str] = {}
         for root, module in roots.items():
@@ -59,7 +59,7 @@ class Inventory:
     def _add(self, path: str, module: nn.Module, seen: dict[int, str]) -> None:
         self.modules.append(module)
         if isinstance(module, nn.RNNBase):
-            self._recurrent.append(module)
+            self.recurrent.append(module)
         scripted = isinstance(module, torch.jit.ScriptModule)
         for kind, tensors in (
             (self.parameters, module._parameters),
@@ -126,7 +126,7 @@ class Inventory:
 
     def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """``tensors`` in the places of the parameters and buffers of their names, for a while."""
-        return _Holding(self._slots, self._recurrent, self.modules, tensors)
+        return _Holding(self._slots, self.recurrent, self.modules, tensors)
 
 
 class _Holding(AbstractContextManager[None]):

@@ -141,6 +141,12 @@ def test_single_precision_is_single_precision(name: str, device: str) -> None:
     assert error(H @ torch.stack([v, -v], dim=1), torch.stack([truth, -truth], dim=1)) < tolerance
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_doctor_finds_recurrent_layers_healthy(training: bool, device: str) -> None:
+    model, data = problem("lstm")
+    assert hessian(model.train(training), data, device).check().healthy
+
+
 def test_a_packed_sequence_is_a_batch(device: str) -> None:
     model = Recurrent(nn.LSTM).double()
     sequences = [torch.randn(n, 3, dtype=torch.float64) for n in (5, 4, 2)]

@@ -253,3 +253,33 @@ def test_a_risk_says_whether_it_is_random() -> None:
     for model, expected in ((mlp(), False), (dropping(), True), (Skipping("numpy"), True)):
         risk = EmpiricalRisk(model, nn.MSELoss(), DATA)
         assert risk.is_random(next(risk.terms())) is expected
+
+
+@pytest.mark.parametrize(("graphs", "width"), [(0, 1), (1, 1), (5, 5), (100, 12)])
+def test_as_many_columns_go_together_as_fit_the_budget(
+    monkeypatch: pytest.MonkeyPatch, graphs: int, width: int
+) -> None:
+    together: list[int] = []
+
+    class Watched(ReverseOverReverse):
+        def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
+            linear = super().linearize(*args, **kwargs)
+            columns = linear.columns
+
+            def watched(V: Any) -> Any:
+                together.append(next(iter(V.values())).shape[0])
+                return columns(V)
+
+            monkeypatch.setattr(linear, "columns", watched)
+            return linear
+
+    monkeypatch.setattr("hvpop.curvature.preparation.LIVE_BYTES", 0)
+    x, y = regression(1000)
+    H = hessian(mlp(), [(x, y)], strategy=Watched())
+    graph = H.linearize().report().bytes
+    A = H.linearize(memory=graphs * graph)
+    V = random(A.shape[0], 12)
+    expected = H.to_dense() @ V
+    together.clear()
+    assert error(A @ V, expected) < TIGHT
+    assert max(together) == width
