@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..operators.wording import counted
 from ..solvers import FunctionResult, LeastSquaresResult, MultishiftResult, SteihaugResult
 from ..spectrum import DiagonalEstimate, Eigenpairs, Estimate
-from ..spectrum.results import counted
 from .common import CONVERGING, Solved, axes, expect, numbers, say
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..operators import Layout
+from ..operators.wording import counted
 from ..spectrum import Density, Eigenpairs
-from ..spectrum.results import counted
 from .common import DENSITY, EIGENPAIRS, INDEX, LAYOUT, axes, expect, numbers, say
 
 if TYPE_CHECKING:

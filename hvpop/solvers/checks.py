@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
+from ..operators.crossing import working_dtype
 
 
 def columns(
@@ -24,7 +25,7 @@ def columns(
         raise ValueError(
             f"{who}({A!r}) expects {name} of shape ({m},) or ({m}, k), got {tuple(b.shape)}"
         )
-    dtype = working_dtype(A)
+    dtype = working_dtype(A.torch_dtype)
     if b.dtype not in (A.torch_dtype, dtype):
         raise TypeError(
             f"{who}({A!r}) expects {name} of dtype {dtype}, got {b.dtype}; use .to({dtype})"
@@ -66,9 +67,9 @@ def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None
         )
     if M.shape != A.shape:
         raise ValueError(f"{who}({A!r}) expects a preconditioner of shape {A.shape}, got {M!r}")
-    if M.device != A.device or working_dtype(M) is not working_dtype(A):
+    if M.device != A.device or working_dtype(M.torch_dtype) is not working_dtype(A.torch_dtype):
         raise TypeError(
-            f"{who}({A!r}) expects a preconditioner of dtype {working_dtype(A)} on {A.device}, got {M!r}"
+            f"{who}({A!r}) expects a preconditioner of dtype {working_dtype(A.torch_dtype)} on {A.device}, got {M!r}"
         )
     symmetric(f"{who}'s preconditioner", M, "symmetrize it")
     return M.linearize()
@@ -100,8 +101,3 @@ def callback(who: str, function: Any) -> None:
     """What is to be called after each step can be called."""
     if function is not None and not callable(function):
         raise TypeError(f"{who} expects callback as a function of a Step, got {function!r:.60}")
-
-
-def working_dtype(A: LinearOperator) -> torch.dtype:
-    """The dtype solvers compute in: that of the products, float32 for half precision."""
-    return torch.promote_types(A.torch_dtype, torch.float32)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ..operators.crossing import working_dtype
 from . import checks
 from .progress import Bar
 from .results import Callback, SolveResult, Status, Step, worst
@@ -51,7 +52,7 @@ class Recurrence(ABC, Generic[S]):
     def __init__(self, A: LinearOperator) -> None:
         self.A = A
         self.products = 0
-        self.dtype = checks.working_dtype(A)
+        self.dtype = working_dtype(A.torch_dtype)
         self.eps = torch.finfo(self.dtype).eps
         self.scale = torch.zeros((), dtype=self.dtype, device=A.device)  # <= |A|
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operators import Diagonal, LinearOperator, arguments
+from ..operators.crossing import working_dtype
 from . import checks
 
 
@@ -44,7 +45,7 @@ def jacobi(A: LinearOperator, samples: int = 32, *, seed: int = 0) -> Diagonal:
     arguments.counts("jacobi", least=2, samples=samples)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (A.shape[0], samples), generator=generator) * 2 - 1
-    V = signs.to(dtype=checks.working_dtype(A), device=A.device)
+    V = signs.to(dtype=working_dtype(A.torch_dtype), device=A.device)
     products = V * (A.linearize() @ V)
     error, mean = torch.std_mean(products, dim=1)
     d = torch.maximum(mean.abs(), error / math.sqrt(samples))
@@ -135,7 +136,7 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> N
     if rank > n:
         raise ValueError(f"nystrom({A!r}) expects a rank between 1 and {n}, got {rank}")
     arguments.positive("nystrom", damping=damping)
-    dtype = checks.working_dtype(A)
+    dtype = working_dtype(A.torch_dtype)
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(n, rank, generator=generator, dtype=torch.float64)
     Omega = torch.linalg.qr(gaussian.to(dtype=dtype, device=A.device)).Q

@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..operators.wording import counted
+
 Status = Literal["converged", "negative curvature", "stagnated", "max steps", "interrupted"]
 
 TrustStatus = Literal["converged", "boundary", "negative curvature", "max steps", "interrupted"]
@@ -171,8 +173,3 @@ def worst(norms: Tensor, targets: Tensor) -> str:
         return "none"
     at = int((norms.flatten() / targets.flatten().clamp_min(1e-300)).argmax())
     return f"{norms.flatten()[at].item():.2e} (target {targets.flatten()[at].item():.2e})"
-
-
-def counted(count: int, noun: str) -> str:
-    """The count with its noun, in the singular for one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
-from . import operand, probes
+from ..operators.crossing import working_dtype
+from . import probes
 
 _FORMAT = 1
 _PAUSE = 10.0  # seconds between two saves at least, ...
@@ -44,7 +45,7 @@ class Checkpoint:
             "device": A.device.type,
             "settings": dict(settings),
         }
-        self._dtype = operand.working_dtype(A)
+        self._dtype = working_dtype(A.torch_dtype)
         probe = probes.signs(A.shape[1], 1, self._dtype, A.device, "checkpoint")
         self._product = (A @ probe)[:, 0].cpu()
         self._device = A.device

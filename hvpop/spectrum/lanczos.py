@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import operand, probes
+from ..operators.crossing import working_dtype
+from . import probes
 from .checkpoint import digest
 from .loop import Task
 from .results import Eigenpairs, Status
@@ -57,7 +58,7 @@ class Lanczos(Task[Krylov]):
         seed: int,
     ) -> None:
         self.A, self.k, self.which, self.seed = A, k, which, seed
-        self.dtype = operand.working_dtype(A)
+        self.dtype = working_dtype(A.torch_dtype)
         n = A.shape[0]
         self.v0 = self._columns("v0", v0)
         self.U = torch.linalg.qr(self._columns("deflate", deflate))[0]

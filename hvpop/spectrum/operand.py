@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..operators import LinearOperator, arguments
 
 
@@ -35,8 +33,3 @@ def operator(who: str, A: Any) -> LinearOperator:
 
 HUTCHINSON = "method='hutchinson' takes any square one"
 """What to do with an operator that is not symmetric."""
-
-
-def working_dtype(A: LinearOperator) -> torch.dtype:
-    """What to compute in: the operator's dtype, float32 for half precision."""
-    return torch.promote_types(A.torch_dtype, torch.float32)

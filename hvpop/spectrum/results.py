@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..operators.wording import counted
+
 Status = Literal["converged", "max products", "stagnated", "interrupted"]
 """How a computation ended.
 
@@ -110,8 +112,3 @@ class Density:
             f"{self.grid[-1].item():.4g}, {counted(probes, 'probe')} of {counted(steps, 'step')}, "
             f"{counted(self.products, 'product')}, {self.status}>"
         )
-
-
-def counted(count: int, noun: str) -> str:
-    """The count with its noun, in the singular for one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

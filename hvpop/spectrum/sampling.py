@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import operand
+from ..operators.crossing import working_dtype
 from .loop import Task, run
 from .results import Estimate, Status
 
@@ -77,7 +77,7 @@ class Sampling(Task[S]):
         arguments.positive(self.name, rtol=rtol)
         arguments.counts(self.name, block=block)
         self.A, self.rtol, self.block, self.seed = A, rtol, block, seed
-        self.dtype = operand.working_dtype(A)
+        self.dtype = working_dtype(A.torch_dtype)
 
     @abstractmethod
     def read(self, state: S) -> Band:
