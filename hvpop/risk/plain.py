@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers that `hvpop.risk.convolutions` makes faster."""
+"""Layers that `hvpop.risk.formulas.convolutions` makes faster."""
 
 ORDINARY = {
     nn.Sequential,

@@ -2,6 +2,7 @@
 
 Some ops of torch have no second derivative, a wrong one, or none in forward mode. While `Rewrites`
 is active, each op in the table `REWRITES` is replaced by an equal formula. The table is at the end.
+So are convolutions, whose second derivative is right but slow.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import formulas, recurrent
-from .convolutions import CONVOLUTIONS
+from .formulas import arithmetic, embeddings, losses, recurrent
+from .formulas.convolutions import CONVOLUTIONS
 
 
 class Rewrites(TorchFunctionMode):
-    """Context in which every op of `REWRITES` is evaluated by its formula.
+    """Context in which every op of `REWRITES`, and each convolution that gains, has a formula's value.
 
     Values and first derivatives equal those of the op to rounding, with torch's own convention at
     kinks; second derivatives are exact, in reverse and in forward mode. Enter it around the forward
@@ -73,28 +74,28 @@ class Rewrites(TorchFunctionMode):
 # "forward": forward mode over the gradient raises, or is wrong.
 
 REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.hardsigmoid: formulas.hardsigmoid,  # reverse, forward
-    F.mse_loss: formulas.mse_loss,  # forward: raises with reduction="mean" and a constant target
-    F.huber_loss: formulas.huber_loss,  # forward
-    F.l1_loss: formulas.l1_loss,  # a mode loses its weight
-    F.soft_margin_loss: formulas.soft_margin_loss,  # forward
-    F.multi_margin_loss: formulas.multi_margin_loss,  # reverse, forward
-    F.multilabel_margin_loss: formulas.multilabel_margin_loss,  # reverse, forward
-    F.ctc_loss: formulas.ctc_loss,  # reverse, forward
-    torch.ctc_loss: formulas.torch_ctc_loss,
-    F.embedding: formulas.embedding,  # sparse: reverse, forward; padding_idx: forward ignores it
-    torch.embedding: formulas.torch_embedding,
-    F.embedding_bag: formulas.embedding_bag,  # reverse, forward
-    torch._weight_norm: formulas.weight_norm,  # reverse is WRONG, without an error; forward
-    torch.cdist: formulas.cdist,  # reverse (except p=2 with many points), forward
-    torch.pdist: formulas.pdist,  # reverse, forward
-    torch.scatter_reduce: formulas.scatter_reduce,  # "prod": forward is WRONG, without an error
-    torch.Tensor.scatter_reduce: formulas.scatter_reduce,
-    torch.Tensor.scatter_reduce_: formulas.scatter_reduce_,
+    F.hardsigmoid: arithmetic.hardsigmoid,  # reverse, forward
+    F.mse_loss: losses.mse_loss,  # forward: raises with reduction="mean" and a constant target
+    F.huber_loss: losses.huber_loss,  # forward
+    F.l1_loss: losses.l1_loss,  # a mode loses its weight
+    F.soft_margin_loss: losses.soft_margin_loss,  # forward
+    F.multi_margin_loss: losses.multi_margin_loss,  # reverse, forward
+    F.multilabel_margin_loss: losses.multilabel_margin_loss,  # reverse, forward
+    F.ctc_loss: losses.ctc_loss,  # reverse, forward
+    torch.ctc_loss: losses.torch_ctc_loss,
+    F.embedding: embeddings.embedding,  # sparse: reverse, forward; padding_idx: forward ignores it
+    torch.embedding: embeddings.torch_embedding,
+    F.embedding_bag: embeddings.embedding_bag,  # reverse, forward
+    torch._weight_norm: arithmetic.weight_norm,  # reverse is WRONG, without an error; forward
+    torch.cdist: arithmetic.cdist,  # reverse (except p=2 with many points), forward
+    torch.pdist: arithmetic.pdist,  # reverse, forward
+    torch.scatter_reduce: arithmetic.scatter_reduce,  # "prod": forward is WRONG, without an error
+    torch.Tensor.scatter_reduce: arithmetic.scatter_reduce,
+    torch.Tensor.scatter_reduce_: arithmetic.scatter_reduce_,
     torch.lstm: recurrent.lstm,  # cuDNN's kernels: reverse, forward
     torch.gru: recurrent.gru,
     torch.rnn_tanh: recurrent.rnn_tanh,
     torch.rnn_relu: recurrent.rnn_relu,
-    torch.cholesky_inverse: formulas.cholesky_inverse,  # forward is WRONG, without an error
-    torch.Tensor.cholesky_inverse: formulas.cholesky_inverse,
+    torch.cholesky_inverse: arithmetic.cholesky_inverse,  # forward is WRONG, without an error
+    torch.Tensor.cholesky_inverse: arithmetic.cholesky_inverse,
 }

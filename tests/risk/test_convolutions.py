@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvpop import HessianOperator
-from hvpop.risk import convolutions
-from hvpop.risk.convolutions import CONVOLUTIONS, SMALL
+from hvpop.risk.formulas import convolutions
+from hvpop.risk.formulas.convolutions import CONVOLUTIONS, SMALL
 from hvpop.risk.rewrites import Rewrites
 
 Op = Callable[..., Tensor]
