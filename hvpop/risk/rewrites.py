@@ -19,7 +19,7 @@ from .formulas.convolutions import CONVOLUTIONS
 
 
 class Rewrites(TorchFunctionMode):
-    """Context in which every op of `REWRITES`, and each convolution that gains, has a formula's value.
+    """Context in which ops of `REWRITES`, and convolutions that gain by it, are evaluated by formulas.
 
     Values and first derivatives equal those of the op to rounding, with torch's own convention at
     kinks; second derivatives are exact, in reverse and in forward mode. Enter it around the forward
