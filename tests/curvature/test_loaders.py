@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from hvpop import BATCHES, HessianOperator
+from hvpop.risk.batches import Batches
 
 from .problems import error, mlp, random, regression, split
 
@@ -50,6 +51,53 @@ def states(*generators: torch.Generator) -> list[Any]:
 def test_a_plain_loader_is_read_as_it_is(expected: Tensor) -> None:
     assert error(hessian(DataLoader(DATA, 10)).to_dense(), expected) < TIGHT
     assert error(hessian(DataLoader(DATA, 10)).linearize().to_dense(), expected) < TIGHT
+
+
+LOADERS: dict[str, Any] = {
+    "in order": {"batch_size": 5},
+    "dropping": {"batch_size": 5, "drop_last": True},
+    "shuffled": {"batch_size": 5, "shuffle": True},
+    "with a generator": {"batch_size": 5, "shuffle": True, "generator": torch.Generator()},
+    "with replacement": {"sampler": RandomSampler(DATA, replacement=True), "batch_size": 4},
+    "by batches": {"batch_sampler": [[0, 3], [2], [1, 1, 4]]},
+    "one by one": {"batch_size": None},
+}
+
+
+@pytest.mark.parametrize("form", LOADERS)
+@pytest.mark.filterwarnings("ignore:the loader has drop_last=True")
+def test_what_is_cut_out_of_tensors_is_what_the_loader_yields(form: str) -> None:
+    loader = DataLoader(DATA, **LOADERS[form])
+    held = {t.data_ptr() for t in DATA.tensors}
+    found = list(Batches(loader, seed=3))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        if loader.generator is not None:
+            loader.generator.manual_seed(3)
+        expected = list(loader)
+    assert len(found) == len(expected)
+    for batch, other in zip(found, expected, strict=True):
+        assert type(batch) is type(other)
+        assert all(map(torch.equal, batch, other))
+        if loader.batch_sampler is not None:  # a copy, not the user's memory
+            assert all(t.data_ptr() not in held for t in batch)
+
+
+def test_what_a_data_set_or_a_collation_of_ones_own_makes_of_samples_counts() -> None:
+    class Doubled(TensorDataset):
+        def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+            return tuple(2 * t for t in super().__getitem__(i))
+
+    def doubled(samples: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        return [2 * t for t in torch.utils.data.default_collate(samples)]
+
+    expected = [2 * t for t in DATA.tensors]
+    for loader in (
+        DataLoader(Doubled(*DATA.tensors), batch_size=len(DATA)),
+        DataLoader(DATA, batch_size=len(DATA), collate_fn=doubled),
+    ):
+        (batch,) = Batches(loader, seed=0)
+        assert all(map(torch.equal, batch, expected))
 
 
 def test_a_loader_with_workers_gives_the_same(expected: Tensor) -> None:
