@@ -16,6 +16,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Subset,
     TensorDataset,
 )
 
@@ -61,13 +62,15 @@ LOADERS: dict[str, Any] = {
     "with replacement": {"sampler": RandomSampler(DATA, replacement=True), "batch_size": 4},
     "by batches": {"batch_sampler": [[0, 3], [2], [1, 1, 4]]},
     "one by one": {"batch_size": None},
+    "of a subset": {"dataset": Subset(DATA, [4, 1, 3, 0, 2]), "batch_size": 2, "shuffle": True},
+    "of a split": {"dataset": Subset(Subset(DATA, torch.arange(6)), [5, 0, 4]), "batch_size": 2},
 }
 
 
 @pytest.mark.parametrize("form", LOADERS)
 @pytest.mark.filterwarnings("ignore:the loader has drop_last=True")
 def test_what_is_cut_out_of_tensors_is_what_the_loader_yields(form: str) -> None:
-    loader = DataLoader(DATA, **LOADERS[form])
+    loader = DataLoader(**{"dataset": DATA} | LOADERS[form])
     held = {t.data_ptr() for t in DATA.tensors}
     found = list(Batches(loader, seed=3))
     with torch.random.fork_rng():
