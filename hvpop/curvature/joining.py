@@ -13,7 +13,7 @@ from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..risk.merging import concatenated
 from ..strategies import FiniteDifference, HVPStrategy, Params
-from ..strategies.rounding import agree, rounding
+from ..strategies.rounding import WRONG, agree, reordered, rounding
 from .memory import graph_bytes
 from .space import WeightedSum, multiplier
 
@@ -92,7 +92,7 @@ def run_as_one(
 
     truth = product(pair)
     try:
-        return same(product([joined]), truth)
+        return same(product([joined]), truth, point)
     except Exception:  # batches that do not fit together
         return False
 
@@ -106,9 +106,10 @@ def random_direction(point: Params, seed: int) -> Params:
     }
 
 
-def same(products: list[Tensor], truth: list[Tensor]) -> bool:
+def same(products: list[Tensor], truth: list[Tensor], point: Params) -> bool:
     """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
-    return agree(products, truth, 1000 * rounding(truth))
+    eps = rounding([*truth, *point.values()])
+    return agree(products, truth, min(1000 * eps, reordered(eps), WRONG))
 
 
 def _as_one(group: list[Term]) -> Term:

@@ -26,7 +26,7 @@ from ..strategies import (
 )
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
-from ..strategies.rounding import FLOAT32, agree
+from ..strategies.rounding import WRONG, agree
 from .diagnosis import culprit
 from .forms import batch_forms
 from .joining import random_direction, run_as_one, same
@@ -181,7 +181,9 @@ class LinearizedHessian(LinearOperator):
                 self._preparation = None  # its maps are those of the strategy that failed
                 raise
             except Exception as error:
-                if not out_of_memory(error) or not prepared.release():
+                if not out_of_memory(error):
+                    raise
+                if not prepared.release() and not prepared.narrow(columns_in(columns)):
                     raise
 
     def _product(self, prepared: Preparation, columns: Params) -> list[Tensor]:
@@ -224,10 +226,10 @@ class LinearizedHessian(LinearOperator):
             with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
                 prepared.build(join)
                 product = self._product(prepared, probe)
-                if same(product, truth):
+                if same(product, truth, self._point):
                     return prepared
                 # Concatenation may be wrong, where samples see each other; stacking may not.
-                if join is stacked and not agree(product, truth, FLOAT32):
+                if join is stacked and not agree(product, truth, WRONG):
                     warnings.warn(_DISAGREES.format(self), stacklevel=2)
         prepared.build(None)
         return prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ class Preparation:
         self._graph_bytes: dict[tuple[object, ...], int] = {}
         self._held_bytes = self._kept_bytes = 0
         self._keeping = True
+        self._narrowed = sys.maxsize  # columns at once, since memory has run out
         self.terms, self.complete = self._hold()
         self.parts: list[Part] = []
         self.tried_tracing = self.traced = False
@@ -126,9 +128,19 @@ class Preparation:
             self.traced = True
 
     def columns_at_once(self) -> int:
-        """How many fit in the budget: vectorized, each passes through tensors of the graph's size."""
-        largest = max(self._graph_bytes.values(), default=1)
-        return max(1, max(self._budget, LIVE_BYTES) // max(1, largest))
+        """How many columns fit beside what is kept: each passes through tensors of a graph's size.
+
+        A power of two, which the blocks of the strategies are, too.
+        """
+        largest = max((self._size(part.term) for part in self.parts), default=1)
+        fit = max(self._budget - self.bytes, LIVE_BYTES) // max(1, largest)
+        return min(self._narrowed, 1 << max(0, fit.bit_length() - 1))
+
+    def narrow(self, columns: int) -> bool:
+        """Take half as many columns at once, since memory ran out; False if it was one."""
+        width = min(self.columns_at_once(), columns)
+        self._narrowed = max(1, width // 2)
+        return width > 1
 
     def linearized(self, term: Term) -> LinearMap:
         """The map of a term, made now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -96,11 +96,14 @@ def columns_in(columns: Params) -> int:
     return next(iter(columns.values())).shape[0]
 
 
-def multiplier(columns: Params) -> Callable[..., list[Tensor]]:
-    """``multiply(linear, width)``: a map times some columns, at most ``width`` of them at once.
+class Multiply(Protocol):
+    """A map times some columns, at most ``width`` of them at once."""
 
-    A single one goes the strategies' shorter way.
-    """
+    def __call__(self, linear: LinearMap, width: int = ...) -> list[Tensor]: ...
+
+
+def multiplier(columns: Params) -> Multiply:
+    """What multiplies a map by some columns; a single one goes the strategies' shorter way."""
     k = columns_in(columns)
     v = {name: column[0] for name, column in columns.items()}
 

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -114,15 +114,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """The same structure with ``function`` applied to each tensor in it.
 
     Goes through tuples, named tuples, lists, mappings and dataclasses; other objects with a
-    ``.to(device)`` (graphs) are left to their owner. The lengths in a packed sequence stay as they
-    are: torch reads them on the CPU, wherever the sequence is.
+    ``.to(device)`` (graphs) are left to their owner. The batch sizes of a packed sequence stay as
+    they are: torch reads them on the CPU, wherever the sequence is.
     """
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, PackedSequence):
-        data, lengths, *orders = batch
+        data, sizes, *orders = batch
         return PackedSequence(
-            function(data), lengths, *(i if i is None else function(i) for i in orders)
+            function(data), sizes, *(i if i is None else function(i) for i in orders)
         )
     if isinstance(batch, tuple):
         mapped = [map_tensors(function, item) for item in batch]
@@ -145,10 +145,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
-    """Every tensor of a nested batch, in order."""
+    """Every tensor of a nested batch that `map_tensors` would map, in order."""
     found: list[Tensor] = []
     if isinstance(batch, Tensor):
         found.append(batch)
+    elif isinstance(batch, PackedSequence):
+        found += [t for t in (batch.data, *batch[2:]) if t is not None]
     elif isinstance(batch, tuple | list):
         for item in batch:
             found += tensors_in(item)
@@ -248,21 +250,22 @@ def _is_of_tensors(loader: DataLoader[Any]) -> bool:
 
 
 def _slices(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
-    """What the loader yields, cut out batch by batch: it fetches sample by sample.
+    """What the loader yields, cut out of the tensors batch by batch.
 
-    A tenth of the time: 0.5 instead of 4.8 ms for 1,797 images of 8x8.
+    The loader itself fetches sample by sample: 4.8 instead of 0.5 ms for 1,797 images of 8x8.
     """
+    batches = iter(cast(Iterable[Any], loader.batch_sampler))
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # as the loader does
     whole: Any = _whole(loader.dataset)
-    for rows in loader.batch_sampler or ():
-        dataset: Any = loader.dataset
+    for batch in batches:
+        rows, dataset = [int(i) for i in batch], cast(Any, loader.dataset)
         while dataset is not whole:
             rows, dataset = [int(dataset.indices[i]) for i in rows], dataset.dataset
         yield [t[rows] for t in whole.tensors]
 
 
 def _whole(dataset: Any) -> Any:
-    """The data set that a subset is of."""
+    """The data set underneath any subsets."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset

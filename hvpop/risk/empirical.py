@@ -15,9 +15,10 @@ from .averaging import SAMPLES, Average
 from .batches import Batches, to_device, usable, version_of
 from .divisors import DivisorWatch
 from .fingerprint import Fingerprint
+from .formulas.recurrent import without_cudnn
 from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
 from .modules import ONE_THREAD, Inventory, Selection, kept, unwrapped
-from .plain import CONVOLUTIONS, is_plain
+from .plain import CONVOLUTION_LAYERS, is_plain
 from .policies import TwiceDifferentiable
 from .randomness import Seeded, SeededThroughout, seed_tensor, torch_states
 from .rewrites import Rewrites
@@ -154,7 +155,7 @@ class EmpiricalRisk:
         loss = getattr(self.batch_loss, "loss", None)
         layers = [m for m in self._inventory.modules if m is not loss]
         self._plain = is_plain(layers, loss)
-        self._convolves = self._plain and any(isinstance(m, CONVOLUTIONS) for m in layers)
+        self._convolves = self._plain and any(isinstance(m, CONVOLUTION_LAYERS) for m in layers)
         self._chosen = self._inventory.trainable(self._selection)
         return self._chosen
 
@@ -323,7 +324,7 @@ class EmpiricalRisk:
             contexts.enter_context(self._inventory.holding(held))
             contexts.enter_context(self._randomness(seed))
             if self._inventory.recurrent:  # cuDNN has no derivative of these in eval mode
-                contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
+                contexts.enter_context(without_cudnn())
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
             loss = scalar(self.batch_loss(self.model, batch))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTION_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that `hvpop.risk.formulas.convolutions` makes faster."""
 
 ORDINARY = {
@@ -15,7 +15,7 @@ ORDINARY = {
     nn.Identity,
     nn.Flatten,
     nn.Linear,
-    *CONVOLUTIONS,
+    *CONVOLUTION_LAYERS,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.AvgPool2d,
@@ -30,7 +30,7 @@ ORDINARY = {
     nn.Softmax,
     nn.LogSoftmax,
 }
-"""Layers without random numbers, buffers, attention, checkpoints or ops that must be rewritten."""
+"""Layers without random numbers, buffers, attention, checkpoints or ops that must be rewritten to be right."""
 
 ORDINARY_LOSSES = {nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss}
 

@@ -32,7 +32,7 @@ class Rewrites(TorchFunctionMode):
 
     Notes
     -----
-    An op that is not in the table costs one look-up and what torch takes to call any mode: 1 to 2
+    An op that is not rewritten costs two look-ups and what torch takes to call any mode: 1 to 2
     microseconds, 4 to 9 for the Python functions of `torch.nn.functional`.
 
     Examples

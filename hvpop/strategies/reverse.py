@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
 from .graphs import check_graph, explained
-from .rounding import FLOAT32, agree, reordered, rounding
+from .rounding import FLOAT32_TOLERANCE, agree, reordered, rounding
 
 BATCHED_NUMEL = {"cpu": 2**15, "cuda": 2**21}
 """Columns are multiplied together where parameters and data have at most this many entries (by
@@ -99,8 +99,8 @@ class _DoubleBackward(LinearMap):
         return {name: torch.cat([block[name] for block in blocks]) for name in V}
 
     def _is_small(self) -> bool:
-        leaves = [*self._point.values(), *pytree.tree_leaves(self._args)]
-        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        given = [*self._point.values(), *pytree.tree_leaves(self._args)]
+        tensors = [t for t in given if isinstance(t, Tensor)]
         small = BATCHED_NUMEL.get(tensors[0].device.type, BATCHED_NUMEL["cpu"])
         return sum(t.numel() for t in tensors) <= small
 
@@ -120,7 +120,7 @@ class _DoubleBackward(LinearMap):
             strategy.batches_columns = agree(
                 (products[name][0] for name in single),
                 single.values(),
-                max(FLOAT32, reordered(rounding(single.values()))),
+                max(FLOAT32_TOLERANCE, reordered(rounding(single.values()))),
             )
             if not strategy.batches_columns:
                 warnings.warn(

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOAT32 = 1e-4
+FLOAT32_TOLERANCE = 1e-4
 """What float32 leaves of a product, relative: models in float64 may have some inside."""
 
-TF32 = 2.0**-16
+WRONG = 2e-2
+"""What no rounding explains, relative, be it that of bfloat16 inside the model: the wrong rules that
+are known are off by more."""
+
+TF32_EPS = 2.0**-16
 """The eps that float32 has on tensor cores: those round what they multiply to 10 bits and add
 exactly, so that a product was off by 1e-4 to 3e-4 on an H200, where 4 eps^(2/3) is 2e-3."""
 
@@ -22,7 +26,7 @@ def rounding(tensors: Iterable[Tensor]) -> float:
     kinds = {(t.dtype, t.device.type) for t in tensors if t.is_floating_point() or t.is_complex()}
     eps = max(torch.finfo(dtype).eps for dtype, _ in kinds)
     if (torch.float32, "cuda") in kinds and _uses_tensor_cores():
-        return max(eps, TF32)
+        return max(eps, TF32_EPS)
     return eps
 
 

@@ -54,6 +54,18 @@ def test_a_plain_loader_is_read_as_it_is(expected: Tensor) -> None:
     assert error(hessian(DataLoader(DATA, 10)).linearize().to_dense(), expected) < TIGHT
 
 
+class Endless:
+    """A sampler that does not say how long it is, and draws when it begins."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(6).tolist())
+
+
+class Batched:
+    def __iter__(self) -> Iterator[Iterator[int]]:
+        yield from (iter([0, 1]), map(int, [2, 3]))
+
+
 LOADERS: dict[str, Any] = {
     "in order": {"batch_size": 5},
     "dropping": {"batch_size": 5, "drop_last": True},
@@ -62,6 +74,12 @@ LOADERS: dict[str, Any] = {
     "with replacement": {"sampler": RandomSampler(DATA, replacement=True), "batch_size": 4},
     "by batches": {"batch_sampler": [[0, 3], [2], [1, 1, 4]]},
     "one by one": {"batch_size": None},
+    "by tuples": {"batch_sampler": [(0, 3), (2, 1)]},
+    "by arrays": {"batch_sampler": np.arange(6).reshape(3, 2)},
+    "by iterators": {"batch_sampler": Batched()},
+    "by tensors": {"sampler": torch.arange(6).flip(0), "batch_size": 2},
+    "by single tensors": {"sampler": torch.arange(3), "batch_size": 1},
+    "by a sampler without length": {"sampler": Endless(), "batch_size": 2},
     "of a subset": {"dataset": Subset(DATA, [4, 1, 3, 0, 2]), "batch_size": 2, "shuffle": True},
     "of a split": {"dataset": Subset(Subset(DATA, torch.arange(6)), [5, 0, 4]), "batch_size": 2},
 }
@@ -95,9 +113,15 @@ def test_what_a_data_set_or_a_collation_of_ones_own_makes_of_samples_counts() ->
         return [2 * t for t in torch.utils.data.default_collate(samples)]
 
     expected = [2 * t for t in DATA.tensors]
+
+    class Doubling(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return ([2 * t for t in batch] for batch in super().__iter__())
+
     for loader in (
         DataLoader(Doubled(*DATA.tensors), batch_size=len(DATA)),
         DataLoader(DATA, batch_size=len(DATA), collate_fn=doubled),
+        Doubling(DATA, batch_size=len(DATA)),
     ):
         (batch,) = Batches(loader, seed=0)
         assert all(map(torch.equal, batch, expected))

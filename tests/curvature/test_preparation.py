@@ -255,7 +255,7 @@ def test_a_risk_says_whether_it_is_random() -> None:
         assert risk.is_random(next(risk.terms())) is expected
 
 
-@pytest.mark.parametrize(("graphs", "width"), [(0, 1), (1, 1), (5, 5), (100, 12)])
+@pytest.mark.parametrize(("graphs", "width"), [(0, 1), (1, 1), (2, 1), (6, 4), (100, 12)])
 def test_as_many_columns_go_together_as_fit_the_budget(
     monkeypatch: pytest.MonkeyPatch, graphs: int, width: int
 ) -> None:
@@ -283,3 +283,34 @@ def test_as_many_columns_go_together_as_fit_the_budget(
     together.clear()
     assert error(A @ V, expected) < TIGHT
     assert max(together) == width
+
+
+class Hopeless(ReverseOverReverse):
+    def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_where_memory_runs_out_fewer_columns_go_together() -> None:
+    together: list[int] = []
+
+    class Scarce(ReverseOverReverse):
+        def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
+            linear = super().linearize(*args, **kwargs)
+            columns = linear.columns
+
+            def scarce(V: Any) -> Any:
+                together.append(next(iter(V.values())).shape[0])
+                if together[-1] > 3:
+                    raise torch.OutOfMemoryError("out of memory")
+                return columns(V)
+
+            linear.columns = scarce  # type: ignore[method-assign]
+            return linear
+
+    A = hessian(mlp(), [regression(20)], strategy=Scarce()).linearize(memory=0)
+    V = random(A.shape[0], 12)
+    expected = hessian(mlp(), [regression(20)]).linearize() @ V
+    assert error(A @ V, expected) < TIGHT
+    assert together == [12, 6, 3, 3, 3, 3]
+    with pytest.raises(torch.OutOfMemoryError):
+        hessian(mlp(), [regression(20)], strategy=Hopeless()).linearize(memory=0) @ V

@@ -112,10 +112,11 @@ def test_derivatives_of_a_transposed_convolution(geometry: tuple[int, ...]) -> N
             lambda x, w: F.conv2d(x, w, padding="same", dilation=(1, 2)),
             [(2, 3, 6, 7), (4, 3, 3, 5)],
         ),
+        (lambda x, w: F.conv1d(x, w, padding="valid"), [(2, 3, 7), (4, 3, 3)]),
         (lambda x: F.conv2d(x, torch.ones(4, 1, 3, 3).double(), groups=2), [(2, 2, 6, 7)]),
         (lambda w: F.conv1d(torch.ones(3, 2, 9).double(), w), [(4, 2, 3)]),
     ],
-    ids=["uneven", "lists", "same", "input alone", "weight alone"],
+    ids=["uneven", "lists", "same", "valid", "input alone", "weight alone"],
 )
 def test_derivatives_with_other_arguments(op: Op, shapes: list[tuple[int, ...]]) -> None:
     compare(op, [randn(*shape) for shape in shapes])
@@ -218,6 +219,12 @@ def test_autocast_decides_the_precision_as_ever() -> None:
         (lambda: F.conv2d(randn(2, 3, 5, 5), randn(4, 3, 3, 3), padding="some"), "padding"),
         (lambda: F.conv1d(randn(2, 3, 5), randn(4, 3, 3).float()), "[Tt]ype"),
         (lambda: F.conv1d(randn(2, 3, 5), randn(4, 3, 3), randn(5)), "size"),
+        (lambda: F.conv1d(randn(2, 3, 5), randn(4, 3, 3), randn(1)), "size"),
+        (lambda: F.conv1d(randn(2, 3, 5), randn(1, 3, 3), randn(5)), "size"),
+        (lambda: F.conv1d(randn(2, 3, 5), randn(4, 3, 3), randn(2, 2)), "bias"),
+        (lambda: F.conv1d(randn(2, 3, 5, 5), randn(4, 3, 3, 3)), "2D .* or 3D"),
+        (lambda: F.conv2d(randn(2, 3, 5), randn(4, 3, 3)), "weight|dim"),
+        (lambda: F.conv_transpose2d(randn(2, 3, 5, 5), randn(3)), "weight|dim|size"),
     ],
 )
 def test_invalid_arguments_get_the_message_of_torch(call: Op, message: str) -> None:
@@ -236,6 +243,31 @@ def test_only_large_or_grouped_ones_are_rewritten(monkeypatch: pytest.MonkeyPatc
         F.conv1d(randn(2, 4, 8), randn(4, 1, 3), groups=4)
         F.conv2d(randn(32, 16, 40, 40), randn(16, 16, 3, 3))
     assert seen == {"conv1d", "conv2d"}
+
+
+@pytest.mark.parametrize(
+    ("places", "channels", "on_gpu", "pays"),
+    [
+        (2**13, 16, False, True),  # 2**13 * 16 * 16 * 9 = 2**24.2
+        (2**12, 16, False, False),
+        (2**16, 1, True, True),
+        (2**15, 512, True, False),
+    ],
+)
+def test_what_is_large_depends_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, places: int, channels: int, on_gpu: bool, pays: bool
+) -> None:
+    monkeypatch.setattr(convolutions, "SMALL", SMALL)
+    weight = torch.Size((channels, channels, 3, 3))
+    assert convolutions._pays(places, weight, 1, on_gpu=on_gpu) is pays
+
+
+def test_shapes_can_be_found_without_numbers() -> None:
+    seen: set[str] = set()
+    with torch.device("meta"), Rewrites(seen):
+        result = F.conv2d(torch.ones(2, 4, 6, 6), torch.ones(8, 2, 3, 3), groups=2, stride=2)
+    assert seen == {"conv2d"}
+    assert result.shape == (2, 8, 2, 2)
 
 
 def test_every_kind_is_in_the_table() -> None:
@@ -257,7 +289,7 @@ def test_operators_of_ordinary_layers_use_them(memory_format: Any) -> None:
         node = stack.pop()
         names.add(type(node).__name__)
         stack += [parent for parent, _ in node.next_functions if parent is not None]
-    assert "ContractionBackward" in names
+    assert "PartialDerivativeBackward" in names
     parameters = list(model.parameters())
     plain = nn.CrossEntropyLoss()(model(batch[0]), batch[1])
     gradient = torch.autograd.grad(plain, parameters, create_graph=True)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-def _without_cudnn(op: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """CuDNN off and nothing else: `torch.backends.cudnn.flags` would set the precision as well."""
+    enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(enabled)
+
+
+def _rewritten(op: Callable[..., Any]) -> Callable[..., Any]:
     def formula(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.cudnn.flags(enabled=False):
+        with without_cudnn():
             return op(*args, **kwargs)
 
     return formula
 
 
-lstm = _without_cudnn(torch.lstm)
-gru = _without_cudnn(torch.gru)
-rnn_tanh = _without_cudnn(torch.rnn_tanh)
-rnn_relu = _without_cudnn(torch.rnn_relu)
+lstm = _rewritten(torch.lstm)
+gru = _rewritten(torch.gru)
+rnn_tanh = _rewritten(torch.rnn_tanh)
+rnn_relu = _rewritten(torch.rnn_relu)

@@ -1,0 +1,78 @@
+"""What counts as rounding: by dtype, and by what torch does with float32 on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hvpop.strategies.rounding import TF32_EPS, agree, reordered, rounding
+
+
+def numbers(dtype: torch.dtype, device: str = "cpu") -> Any:
+    """What `rounding` looks at of a tensor, on a device that need not be there."""
+    return SimpleNamespace(
+        dtype=dtype,
+        device=torch.device(device),
+        is_floating_point=lambda: dtype.is_floating_point,
+        is_complex=lambda: dtype.is_complex,
+    )
+
+
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def test_the_least_precise_numbers_decide() -> None:
+    kinds = [numbers(torch.float64), numbers(torch.float32), numbers(torch.int64)]
+    assert rounding(kinds) == eps(torch.float32)
+    assert rounding(kinds[:1]) == eps(torch.float64)
+    assert rounding([*kinds, numbers(torch.bfloat16)]) == eps(torch.bfloat16)
+
+
+@pytest.fixture
+def precision() -> Iterator[Any]:
+    """The switches of convolutions and matrix products, put back afterwards."""
+    backends: Any = torch.backends
+    users = backends.cudnn.conv, backends.cuda.matmul
+    before = [user.fp32_precision for user in users]
+    yield users
+    for user, was in zip(users, before, strict=True):
+        user.fp32_precision = was
+
+
+def test_float32_on_a_gpu_is_as_precise_as_the_user_lets_it_be(precision: Any) -> None:
+    convolutions, products = precision
+    on_gpu = [numbers(torch.float32, "cuda")]
+    convolutions.fp32_precision = "tf32"
+    assert rounding(on_gpu) == TF32_EPS
+    convolutions.fp32_precision = "ieee"
+    assert rounding(on_gpu) == eps(torch.float32)
+    products.fp32_precision = "tf32"
+    assert rounding(on_gpu) == TF32_EPS
+    assert rounding([numbers(torch.float64, "cuda")]) == eps(torch.float64)
+
+
+def test_agreement_is_of_norms_over_all_tensors() -> None:
+    expected = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]  # of norm 5
+    found = [t.clone() for t in expected]
+    found[0][1] = 5e-3
+    assert agree(found, expected, 1.001e-3)
+    assert not agree(found, expected, 0.999e-3)
+    assert not agree([expected[0], torch.tensor([[torch.nan]])], expected, 1e-3)
+
+
+def test_half_precision_does_not_overflow() -> None:
+    large = [torch.full((4,), 3e4, dtype=torch.float16)]
+    assert agree(large, large, 0.0)
+    assert not agree([-large[0]], large, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_in_another_order_are_within_what_reordering_may_do(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100_000, generator=generator, dtype=dtype)
+    assert agree([x.sort().values.sum()], [x.sum()], reordered(eps(dtype)))
