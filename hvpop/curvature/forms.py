@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators import BatchForms
+from ..risk import EmpiricalRisk
 from ..strategies import Params
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 def batch_forms(
     A: HessianOperator | LinearizedHessian,
+    risk: EmpiricalRisk,
     point: Params,
     state: Params,
     V: Tensor,
     batches: int | None,
 ) -> BatchForms:
     """``v' H_b v`` of the columns of ``V`` for the first batches, or all, none of them joined."""
-    risk = A.risk if A.risk.mode == "batch" else A.risk.batchwise()
+    risk = risk if risk.mode == "batch" else risk.batchwise()
     columns = to_point(V, A.layout, point)
     multiply = multiplier(columns)
 

@@ -17,7 +17,7 @@ from ..risk import SAMPLES, Average, EmpiricalRisk
 from ..risk.empirical import Mode
 from ..risk.losses import Loss
 from ..risk.modules import Selection
-from ..strategies import FirstThatWorks, HVPStrategy, Params
+from ..strategies import Compiled, FirstThatWorks, HVPStrategy, Params
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
 from .blocks import block
@@ -185,7 +185,7 @@ class HessianOperator(LinearOperator):
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
         start = time.perf_counter()
-        forms = batch_forms(self, *self._live(), V, batches)
+        forms = batch_forms(self, self._risk_as_it_is(), *self._live(), V, batches)
         self._count(V, start)
         return forms
 
@@ -199,7 +199,7 @@ class HessianOperator(LinearOperator):
         columns = to_point(V, self.layout, point)
         multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
-        joined = self._join.terms(point, state)
+        joined = self._join.terms(self._risk_as_it_is(), point, state)
         with grad_enabled(), self.risk.policies, closing(joined) as terms:
             for term in terms:
                 # No name for the map: its graph is gone before the next batch's is built.
@@ -220,6 +220,11 @@ class HessianOperator(LinearOperator):
                 self.risk, self.strategy, point, state, memory, self._tracer
             )
         return done[id(self)]
+
+    def _risk_as_it_is(self) -> EmpiricalRisk:
+        """The risk; with functions of its own after each change of a setting, if these are traced."""
+        traces = isinstance(getattr(self.strategy, "current", self.strategy), Compiled)
+        return self.risk.frozen() if traces else self.risk
 
     def _live(self) -> tuple[Params, Params]:
         """The parameters and all else the loss depends on, as they are now."""

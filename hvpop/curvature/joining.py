@@ -31,7 +31,7 @@ class LiveJoin:
     """
 
     def __init__(self, risk: EmpiricalRisk, strategy: HVPStrategy) -> None:
-        self._risk, self._strategy = risk, strategy
+        self._seed, self._strategy = risk.seed, strategy
         self._bytes_per_entry: float | None = None  # of data, in a batch's graph; None: not proven
         self._possible = (
             risk.mode == "batch"
@@ -39,10 +39,12 @@ class LiveJoin:
             and not isinstance(strategy, FiniteDifference)
         )
 
-    def terms(self, point: Params, state: Params) -> Generator[Term, None, None]:
-        """One pass over the data, small batches put together."""
-        with closing(self._risk.terms()) as terms:
-            if not self._possible or not self._risk.plain:
+    def terms(
+        self, risk: EmpiricalRisk, point: Params, state: Params
+    ) -> Generator[Term, None, None]:
+        """One pass over the data of the risk as it is now, small batches put together."""
+        with closing(risk.terms()) as terms:
+            if not self._possible or not risk.plain:
                 yield from terms
                 return
             first = list(islice(terms, 2))
@@ -67,9 +69,7 @@ class LiveJoin:
             lambda: self._strategy.plain.linearize(pair[0].function, point, state, *pair[0].data),
             [],
         )
-        if 2 * size > LIVE_BYTES or not run_as_one(
-            self._strategy, pair, point, state, self._risk.seed
-        ):
+        if 2 * size > LIVE_BYTES or not run_as_one(self._strategy, pair, point, state, self._seed):
             return None
         return size / max(_entries(pair[0]), 1)
 

@@ -156,7 +156,7 @@ class LinearizedHessian(LinearOperator):
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
         start = time.perf_counter()
-        forms = batch_forms(self, self._point, self._state, V, batches)
+        forms = batch_forms(self, self.risk, self._point, self._state, V, batches)
         self._passes += 1
         self._products += V.shape[1]
         self._seconds += time.perf_counter() - start

@@ -21,6 +21,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from .fingerprint import sums
 from .randomness import private_rng
 
 
@@ -106,8 +107,7 @@ class Batches:
 
 
 def _checksum(batch: Any) -> str:
-    # As text, since NaN does not equal itself.
-    return repr([t.sum().item() for t in tensors_in(batch)])
+    return " ".join(map(sums, tensors_in(batch)))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:

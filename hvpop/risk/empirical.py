@@ -20,8 +20,9 @@ from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scala
 from .modules import ONE_THREAD, Inventory, Selection, kept, unwrapped
 from .plain import CONVOLUTION_LAYERS, is_plain
 from .policies import TwiceDifferentiable
-from .randomness import Seeded, SeededThroughout, seed_tensor, torch_states
+from .randomness import Seeded, SeededThroughout, checked_seed, seed_tensor, torch_states
 from .rewrites import Rewrites
+from .settings import settings_of
 from .strays import Substitution, leaves_of, reaches_past
 
 Mode = Literal["batch", "full"]
@@ -129,7 +130,7 @@ class EmpiricalRisk:
         self.batch_loss = batch_loss
         self.average = average
         self.mode = mode
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self._selection = kept(params)
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
@@ -378,16 +379,17 @@ class EmpiricalRisk:
     def frozen(self) -> EmpiricalRisk:
         """The same functions with every module in train or eval mode as it is now.
 
-        The same object as long as the modules are what they were, so that what strategies know of
-        its functions (traces) serves again after a training step.
+        The same object as long as modules and loss are what they were, so that what strategies know
+        of its functions (traces) serves again after a training step.
         """
         self.parameters()
-        modules = [(module, _settings(module)) for module in self._inventory.modules]
-        if self._frozen is None or self._frozen[0] != modules:
+        modules = self._inventory.modules
+        settings = [*(settings_of(m, 1) for m in modules), settings_of(self.batch_loss, 3)]
+        if self._frozen is None or self._frozen[0] != settings:
             frozen = self._copy()
-            modes = [(module, module.training) for module, _ in modules]
+            modes = [(module, module.training) for module in modules]
             frozen._policies = TwiceDifferentiable(modes)
-            self._frozen = modules, frozen
+            self._frozen = settings, frozen
         frozen = self._frozen[1]
         frozen.parameters()
         return frozen
@@ -396,11 +398,3 @@ class EmpiricalRisk:
         copied = copy.copy(self)
         copied._frozen = None
         return copied
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a forward pass may depend on beside tensors: modes, sizes, rates, switches."""
-    return {name: x for name, x in vars(module).items() if isinstance(x, _SETTING)}
-
-
-_SETTING = (bool, int, float, str, torch.dtype, type(None))

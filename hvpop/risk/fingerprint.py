@@ -30,11 +30,13 @@ class Fingerprint:
             for name, t in tensors.items()
         )
         with torch.no_grad():
-            sums = [_sums(t.detach()) for t in tensors.values()]
-        return cls(places, tuple(sums))
+            found = [sums(t) for t in tensors.values()]
+        return cls(places, tuple(found))
 
 
-def _sums(tensor: Tensor) -> str:
+def sums(tensor: Tensor) -> str:
+    """The sums of squares and of entries times their positions, as text."""
+    tensor = tensor.detach()
     dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
     entries = (torch.view_as_real(dense) if dense.is_complex() else dense).reshape(-1)
     size = min(len(entries), _CHUNK)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -121,3 +122,10 @@ def _seed(generator: Any, seed: int) -> None:
         generator.manual_seed(seed)
     else:
         generator.seed(seed % 2**32)
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed, if torch's generators can start from it."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+    return int(seed)

@@ -109,6 +109,13 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def aligned(v: Tensor) -> Tensor:
+    """The vector as `torch.view_as_complex` takes it: in order, from an even place in its storage."""
+    if v.storage_offset() % 2 == 0:
+        return v.contiguous()
+    return v.clone(memory_format=torch.contiguous_format)
+
+
 def filled(names: Params, results: tuple[Tensor | None, ...], k: int | None = None) -> Params:
     """Results by name; a parameter that the function does not reach gets zeros."""
     filled_in: Params = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
+from .base import HVPStrategy, LinearMap, Params, ScalarFunction, aligned, grad_enabled
 from .compiling.program import Program, Run, first_line
 from .compiling.tracing import UntraceableError
 from .reverse import ReverseOverReverse
@@ -243,7 +243,8 @@ class _Map(LinearMap):
         return self._reference
 
     def _ordered(self, v: Params) -> list[Tensor]:
-        return [v[name].contiguous() for name in self._params]
+        as_read = aligned if self._program.views_as_complex else Tensor.contiguous
+        return [as_read(v[name]) for name in self._params]
 
     def _named(self, result: Sequence[Tensor]) -> Params:
         return dict(zip(self._params, result, strict=True))
@@ -282,7 +283,8 @@ def _tensors(arguments: object) -> list[Tensor]:
 
 def _bytes_beyond(tensors: Sequence[Tensor], known: Sequence[Tensor]) -> int:
     """Memory behind the tensors that is not behind the known ones."""
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    given = [t for t in tensors if isinstance(t, Tensor)]  # an op may leave a result undefined
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in given)}
     kept = {t.untyped_storage().data_ptr() for t in known}
     return sum(size for address, size in storages.items() if address not in kept)
 

@@ -40,6 +40,7 @@ _MISSING = (
     (r"derivative for aten::(\S+) is not implemented", "the op {} has no double backward"),
     (r"the derivative for '(\S+)' is not implemented", "the op {} has no derivative"),
     (r"forward AD with (\S+?),? (?:that|because|but)", "the op {} has no forward-mode derivative"),
+    (r"Nested forward mode AD", "the model uses forward mode itself, which cannot be nested"),
     (r"ZeroTensors are immutable", "an op writes into a forward-mode zero"),
     (r"must implement the jvp", "a custom autograd.Function has no jvp"),
     (r"does not currently support double backward", "compiled code has no double backward"),

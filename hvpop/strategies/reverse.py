@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
+from .base import (
+    HVPStrategy,
+    LinearMap,
+    Params,
+    ScalarFunction,
+    aligned,
+    filled,
+    grad_enabled,
+    leaves,
+)
 from .graphs import check_graph, explained
 from .rounding import FLOAT32_TOLERANCE, agree, reordered, rounding
 
@@ -134,13 +143,21 @@ class _DoubleBackward(LinearMap):
         if not self._gradient:
             return filled(self._point, (None,) * len(self._point), k)
         with grad_enabled(), explained(self._strategy):
-            products = torch.autograd.grad(
-                self._gradient,
-                list(self._point.values()),
-                cotangents,
-                retain_graph=True,
-                create_graph=self._create_graph,
-                allow_unused=True,
-                is_grads_batched=k is not None,
-            )
+            try:
+                products = self._vjp(cotangents, k)
+            except RuntimeError as error:  # a model that views real parameters as complex
+                if "Tensor must have a" not in str(error):
+                    raise
+                products = self._vjp([aligned(v) for v in cotangents], k)
         return filled(self._point, products, k)
+
+    def _vjp(self, cotangents: list[Tensor], k: int | None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            self._gradient,
+            list(self._point.values()),
+            cotangents,
+            retain_graph=True,
+            create_graph=self._create_graph,
+            allow_unused=True,
+            is_grads_batched=k is not None,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,6 +118,38 @@ def test_traced_products_are_those_of_the_cpu(name: str, device: str) -> None:
     A = hessian(model, data, device, Compiled(compiler=False)).linearize()
     v = torch.randn(A.shape[0], dtype=torch.float64)
     assert error(A @ v.to(device), hessian(model, data, "cpu") @ v) < 1e-12
+
+
+def test_traces_take_parameters_viewed_as_complex(device: str) -> None:
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(3).double())
+            self.phase = nn.Parameter(torch.randn(3, 2, 2).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ((self.scale * x) @ torch.view_as_complex(self.phase)).abs()
+
+    model = Wave()
+    data = [(torch.randn(5, 3).to(torch.complex128), torch.randint(2, (5,)))]
+    A = hessian(model, data, device, Compiled(compiler=False)).linearize()
+    V = torch.randn(A.shape[0], 16, dtype=torch.float64)
+    truth = hessian(model, data, "cpu", FiniteDifference()) @ V
+    assert error(A @ V.to(device), truth) < 1e-7
+    assert error(A @ V[:, 3].to(device), truth[:, 3]) < 1e-7
+
+
+def test_layers_that_cannot_be_traced_go_to_the_strategy(device: str) -> None:
+    model, data = problem("lstm")
+    single = [(x.float(), y) for x, y in data]
+    A = hessian(model.float(), single, device, Compiled(compiler=False))
+    v = torch.ones(A.shape[0]).to(device)
+    expected = hessian(model, single, device) @ v
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert error(A @ v, expected) < 1e-5
+        assert error(A.linearize() @ v, expected) < 1e-5
+    assert sum("falling back" in str(warning.message) for warning in found) <= 1
 
 
 @pytest.mark.parametrize("name", ["convolutions", "attention", "rnn"])

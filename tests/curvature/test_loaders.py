@@ -237,6 +237,24 @@ def test_data_that_change_from_pass_to_pass_are_refused() -> None:
             hessian(DataLoader(SelfWilled(), 3)).linearize(memory=memory) @ v
 
 
+def test_samples_that_only_change_places_are_noticed() -> None:
+    class Flipping(Dataset[Any]):
+        def __init__(self) -> None:
+            self.rng = np.random.default_rng(0)
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            x = torch.arange(3.0, dtype=torch.float64)
+            return (x.flip(0) if self.rng.random() < 0.5 else x), torch.ones(1).double()
+
+    batches = Batches(DataLoader(Flipping(), batch_size=3), seed=0)
+    list(batches)
+    with pytest.raises(RuntimeError, match="gave other batches than at the first pass"):
+        list(batches)
+
+
 def test_fewer_batches_than_at_the_first_pass_are_refused() -> None:
     class Fading:
         left = 3

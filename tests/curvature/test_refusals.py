@@ -16,11 +16,13 @@ from hvpop import (
     TOTAL,
     Average,
     EmpiricalRisk,
+    ForwardOverReverse,
     HessianOperator,
     ReverseOverReverse,
     block_diagonal,
 )
 from hvpop.risk import hugging_face
+from hvpop.strategies import NoSecondDerivativeError
 
 from .problems import mlp, random, regression, split
 
@@ -280,3 +282,25 @@ def test_an_operator_of_a_model_that_is_another_now_says_so(change: Any, now: st
     for use in (lambda: H @ random(43), H.linearize):
         with pytest.raises(RuntimeError, match=message):
             use()
+
+
+@pytest.mark.parametrize("seed", [1.5, -1, 2**63, True, None, "0"])
+def test_a_seed_that_torch_could_not_use_is_refused_at_once(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed must be an integer from 0 to 2"):
+        HessianOperator(mlp(), nn.MSELoss(), DATA, seed=seed)
+
+
+def test_forward_mode_inside_of_forward_mode_is_named() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.jvp(lambda x: (x @ self.w).tanh(), (x,), (torch.ones_like(x),))[1]
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = [(x, torch.zeros(4, 2, dtype=torch.float64))]
+    with pytest.raises(NoSecondDerivativeError, match="uses forward mode itself"):
+        product(Slope(), data=data, strategy=ForwardOverReverse())
+    assert product(Slope(), data=data).isfinite().all()

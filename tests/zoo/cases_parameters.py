@@ -331,6 +331,24 @@ def complex_parameters() -> Problem:
     return Problem(Wave(), regression(4), nn.MSELoss())
 
 
+@case("complex_views_of_real_parameters")
+def complex_views_of_real_parameters() -> Problem:
+    """What the refusal of complex parameters recommends; the vectors' parts begin at odd places."""
+
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(3))
+            self.phase = nn.Parameter(torch.randn(4, 3, 2))
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            phase = torch.view_as_complex(self.phase)
+            return self.head(self.scale * (x.to(phase.dtype) @ phase).abs().square().tanh())
+
+    return Problem(Wave(), regression(4), nn.MSELoss())
+
+
 @case("model_is_its_own_parameters")
 def model_is_its_own_parameters() -> Problem:
     """A loss that reads no data but the size of its batch."""

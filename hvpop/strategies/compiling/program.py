@@ -35,6 +35,8 @@ class Program:
         graph = simplify(trace(product, [*inputs, *v]), len(inputs))
         values = (node.meta.get("val") for node in graph.graph.nodes)
         self._tolerance = reordered(rounding(v for v in values if isinstance(v, Tensor)))
+        targets = {node.target for node in graph.graph.nodes}
+        self.views_as_complex = torch.ops.aten.view_as_complex.default in targets
         prepare, self._product = split(graph, len(inputs))
         self.prepare: Run = prepare.forward
         self.run: Run | None = None

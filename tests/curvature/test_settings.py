@@ -1,0 +1,126 @@
+"""A change of a setting counts at the next product, traced or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvpop import Compiled, HessianOperator
+from hvpop.risk.settings import settings_of
+
+from .problems import error
+
+TIGHT = 1e-12
+
+
+class Weighted:
+    """A loss that is no module."""
+
+    def __init__(self) -> None:
+        self.config = {"power": 2.0}
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.abs() ** self.config["power"]).mean() + F.cross_entropy(outputs, targets)
+
+
+def model() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv1d(2, 3, 3, padding=1),
+            nn.BatchNorm1d(3),
+            nn.ELU(),
+            nn.AdaptiveAvgPool1d(2),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+        ).double()
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 2, 7, generator=generator, dtype=torch.float64)
+    return [(x, torch.arange(8) % 3)]
+
+
+def replace_a_module(model: nn.Sequential, loss: Any) -> None:
+    model[2] = nn.Tanh()
+
+
+def change_a_tuple(model: nn.Sequential, loss: Any) -> None:
+    model[0].padding = (2,)
+
+
+def change_a_number(model: nn.Sequential, loss: Any) -> None:
+    model[2].alpha = 0.3
+
+
+def evaluate(model: nn.Sequential, loss: Any) -> None:
+    model.eval()
+
+
+def hook(model: nn.Sequential, loss: Any) -> None:
+    model[2].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def change_the_loss(model: nn.Sequential, loss: Any) -> None:
+    loss.config["power"] = 4.0
+
+
+CHANGES = [replace_a_module, change_a_tuple, change_a_number, evaluate, hook, change_the_loss]
+each_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+
+
+@each_change
+@pytest.mark.parametrize("live", [True, False], ids=["live", "linearized"])
+def test_traces_follow_changes(change: Callable[[nn.Sequential, Any], None], live: bool) -> None:
+    net, loss = model(), Weighted()
+    H = HessianOperator(net, loss, data(), strategy=Compiled(compiler=False))
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    before = H @ v if live else H.linearize() @ v
+    change(net, loss)
+    after = H @ v if live else H.linearize() @ v
+    expected = HessianOperator(net, loss, data()) @ v
+    assert error(after, expected) < TIGHT
+    assert error(before, expected) > 1e-3  # so that the change was one
+
+
+@each_change
+def test_a_description_tells_changes(change: Callable[[nn.Sequential, Any], None]) -> None:
+    net, loss = model(), Weighted()
+
+    def described() -> list[Any]:
+        return [*(settings_of(m, 1) for m in net.modules()), settings_of(loss, 3)]
+
+    before = described()
+    assert described() == before
+    change(net, loss)
+    assert described() != before
+
+
+def test_a_training_step_changes_no_setting_so_that_the_trace_serves_again() -> None:
+    net, loss = model(), Weighted()
+    H = HessianOperator(net, loss, data())
+    frozen = H.risk.frozen()
+    (x, y) = data()[0]
+    loss(net(x), y).backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    assert H.risk.frozen() is frozen
+
+
+def test_what_is_no_number_is_compared_too() -> None:
+    class Odd:
+        def __init__(self) -> None:
+            self.values = (float("nan"), torch.ones(2), [len, {"deep": Weighted()}])
+            self.myself = self
+
+    odd = Odd()
+    assert settings_of(odd, 3) == settings_of(odd, 3)
+    assert settings_of(odd, 3) != settings_of(Odd(), 3)
+    long = [0] * 100_000
+    assert settings_of(long, 1) == settings_of(long, 1)
+    assert settings_of(long, 1) != settings_of(list(long), 1)
