@@ -384,7 +384,7 @@ class EmpiricalRisk:
         """
         self.parameters()
         modules = self._inventory.modules
-        settings = [*(settings_of(m, 1) for m in modules), settings_of(self.batch_loss, 3)]
+        settings = [*(settings_of(m, 1) for m in modules), settings_of(self.batch_loss, 4)]
         if self._frozen is None or self._frozen[0] != settings:
             frozen = self._copy()
             modes = [(module, module.training) for module in modules]

@@ -31,24 +31,22 @@ class _Same:
 def settings_of(thing: Any, depth: int) -> Any:
     """A description that compares equal as long as nothing has been set, replaced or hooked.
 
-    It is of the values of scalars, of containers of them and of objects that hold them, so many deep;
-    functions, modules and tensors are what they are as long as they are the same. What a closure
-    holds is not seen.
+    It is of the values of scalars, and of containers and objects that hold them, ``depth`` of these
+    within one another. Functions, modules, tensors and what is deeper are what they are as long as
+    they are the same. What a closure holds is not seen.
     """
     if isinstance(thing, float):
         return float, repr(thing)  # NaN does not equal itself
     if isinstance(thing, _SCALARS):
         return type(thing), thing
-    if isinstance(thing, list | tuple | Mapping) and len(thing) > _LONG:
-        return _Same(thing)
-    if isinstance(thing, list | tuple):
-        return type(thing), [settings_of(item, depth) for item in thing]
-    if isinstance(thing, Mapping):
-        return type(thing), [(key, settings_of(item, depth)) for key, item in thing.items()]
     if isinstance(thing, nn.Module):
         return _Same(thing), _attributes(thing, depth)
-    inside = depth > 0 and not isinstance(thing, Tensor | type) and hasattr(thing, "__dict__")
-    return _Same(thing), _attributes(thing, depth - 1) if inside else None
+    if depth == 0 or isinstance(thing, Tensor | type):
+        return _Same(thing)
+    if isinstance(thing, list | tuple | Mapping) and len(thing) <= _LONG:
+        items = thing.items() if isinstance(thing, Mapping) else enumerate(thing)
+        return type(thing), [(key, settings_of(item, depth - 1)) for key, item in items]
+    return _Same(thing), _attributes(thing, depth - 1) if hasattr(thing, "__dict__") else None
 
 
 def _attributes(thing: Any, depth: int) -> list[Any]:

@@ -117,6 +117,8 @@ def test_what_is_no_number_is_compared_too() -> None:
         def __init__(self) -> None:
             self.values = (float("nan"), torch.ones(2), [len, {"deep": Weighted()}])
             self.myself = self
+            self.endless: list[Any] = [1]
+            self.endless.append(self.endless)
 
     odd = Odd()
     assert settings_of(odd, 3) == settings_of(odd, 3)
