@@ -26,11 +26,11 @@ from ..strategies import (
 )
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
-from ..strategies.rounding import WRONG, agree
+from ..strategies.rounding import FLOAT32_TOLERANCE, agree, reordered
 from .diagnosis import culprit
 from .forms import batch_forms
 from .joining import random_direction, run_as_one, same
-from .memory import budget_in_bytes, out_of_memory
+from .memory import budget_in_bytes, graph_rounding, out_of_memory
 from .preparation import Preparation
 from .space import WeightedSum, columns_in, from_point, layout_of, multiplier, space_of, to_point
 from .tracing import TRACE_AFTER, Tracer, may_trace
@@ -229,10 +229,17 @@ class LinearizedHessian(LinearOperator):
                 if same(product, truth, self._point):
                     return prepared
                 # Concatenation may be wrong, where samples see each other; stacking may not.
-                if join is stacked and not agree(product, truth, WRONG):
+                if join is stacked and not agree(product, truth, self._rounding(prepared)):
                     warnings.warn(_DISAGREES.format(self), stacklevel=2)
         prepared.build(None)
         return prepared
+
+    def _rounding(self, prepared: Preparation) -> float:
+        """What rounding inside the model explains of a difference between products, relative."""
+        eps = 0.0
+        with suppress(RuntimeError):  # functions that saved-tensor hooks cannot look into
+            eps = graph_rounding(lambda: prepared.linearized(prepared.terms[0]))
+        return max(FLOAT32_TOLERANCE, reordered(eps))
 
     def _truth(self, prepared: Preparation, probe: Params) -> list[Tensor]:
         """A product by the default strategy, batch by batch; empty if that cannot do it."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..operators.base import Memory
+from ..strategies.rounding import rounding
 
 FREE_FRACTION = 0.25
 """The default budget: this much of the memory that is free. Leaves room for what solvers keep
@@ -69,6 +70,21 @@ def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
     for tensor in known:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(saved.values())
+
+
+def graph_rounding(build: Callable[[], object]) -> float:
+    """The eps of the least precise numbers in the graph made by ``build()``: autocast leaves such."""
+    coarsest = 0.0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal coarsest
+        if tensor.is_floating_point():
+            coarsest = max(coarsest, rounding([tensor]))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        build()
+    return coarsest
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -232,7 +232,7 @@ def _pass(data: Any) -> Iterable[Any]:
             own = copy.copy(data)
             own.__dict__ |= {"persistent_workers": False, "_iterator": None}
             return own
-    return data  # type: ignore[no-any-return]
+    return cast(Iterable[Any], data)
 
 
 def _is_of_tensors(loader: DataLoader[Any]) -> bool:

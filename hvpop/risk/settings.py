@@ -25,8 +25,6 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self._thing is other._thing
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def settings_of(thing: Any, depth: int) -> Any:
     """A description that compares equal as long as nothing has been set, replaced or hooked.

@@ -19,7 +19,7 @@ from .base import (
     leaves,
 )
 from .graphs import check_graph, explained
-from .rounding import FLOAT32_TOLERANCE, agree, reordered, rounding
+from .rounding import FLOAT32_TOLERANCE, reordered, rounding
 
 BATCHED_NUMEL = {"cpu": 2**15, "cuda": 2**21}
 """Columns are multiplied together where parameters and data have at most this many entries (by
@@ -85,6 +85,7 @@ class _DoubleBackward(LinearMap):
         self._point = point
         self._args = args
         self._create_graph = differentiable
+        self._views_as_complex = False  # real parameters, as far as a product has shown
         # Parameters that enter linearly have a constant gradient, which has no graph to go through.
         curved = {
             n: g for n, g in zip(point, gradient, strict=True) if g is not None and g.requires_grad
@@ -126,11 +127,7 @@ class _DoubleBackward(LinearMap):
             single = self({name: v[0] for name, v in V.items()})
             if not all(t.isfinite().all() for t in single.values()):
                 return products  # not comparable, and somebody else's to tell
-            strategy.batches_columns = agree(
-                (products[name][0] for name in single),
-                single.values(),
-                max(FLOAT32_TOLERANCE, reordered(rounding(single.values()))),
-            )
+            strategy.batches_columns = _agree({n: p[0] for n, p in products.items()}, single)
             if not strategy.batches_columns:
                 warnings.warn(
                     f"{strategy!r}: columns are multiplied one by one, because together they gave "
@@ -145,13 +142,16 @@ class _DoubleBackward(LinearMap):
         with grad_enabled(), explained(self._strategy):
             try:
                 products = self._vjp(cotangents, k)
-            except RuntimeError as error:  # a model that views real parameters as complex
-                if "Tensor must have a" not in str(error):
+            except RuntimeError as error:
+                if self._views_as_complex or "Tensor must have a" not in str(error):
                     raise
-                products = self._vjp([aligned(v) for v in cotangents], k)
+                self._views_as_complex = True
+                products = self._vjp(cotangents, k)
         return filled(self._point, products, k)
 
     def _vjp(self, cotangents: list[Tensor], k: int | None) -> tuple[Tensor, ...]:
+        if self._views_as_complex:
+            cotangents = [aligned(v) for v in cotangents]
         return torch.autograd.grad(
             self._gradient,
             list(self._point.values()),
@@ -161,3 +161,14 @@ class _DoubleBackward(LinearMap):
             allow_unused=True,
             is_grads_batched=k is not None,
         )
+
+
+def _agree(product: Params, truth: Params) -> bool:
+    """Equal up to rounding in every entry; a wrong rule shows by more."""
+    tolerance = max(FLOAT32_TOLERANCE, reordered(rounding(truth.values())))
+    scale = max((float(t.abs().max()) for t in truth.values() if t.numel()), default=0.0)
+    return all(
+        float((product[n] - t).abs().max()) <= tolerance * scale
+        for n, t in truth.items()
+        if t.numel()
+    )

@@ -12,10 +12,6 @@ from torch import Tensor
 FLOAT32_TOLERANCE = 1e-4
 """What float32 leaves of a product, relative: models in float64 may have some inside."""
 
-WRONG = 2e-2
-"""What no rounding explains, relative, be it that of bfloat16 inside the model: the wrong rules that
-are known are off by more."""
-
 TF32_EPS = 2.0**-16
 """The eps that float32 has on tensor cores: those round what they multiply to 10 bits and add
 exactly, so that a product was off by 1e-4 to 3e-4 on an H200, where 4 eps^(2/3) is 2e-3."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random as python_random
+import warnings
 import weakref
 from typing import Any
 
@@ -255,62 +256,104 @@ def test_a_risk_says_whether_it_is_random() -> None:
         assert risk.is_random(next(risk.terms())) is expected
 
 
+class Watched(ReverseOverReverse):
+    """Notes how many columns go together, and has no memory for more than ``most``."""
+
+    def __init__(self, most: int = 1000) -> None:
+        super().__init__()
+        self.most = most
+        self.together: list[int] = []
+
+    def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
+        return _Watched(self, super().linearize(*args, **kwargs))
+
+
+class _Watched(LinearMap):
+    def __init__(self, strategy: Watched, linear: LinearMap) -> None:
+        self.strategy, self.linear = strategy, linear
+
+    def __call__(self, v: Any) -> Any:
+        return self.linear(v)
+
+    def columns(self, V: Any) -> Any:
+        self.strategy.together.append(next(iter(V.values())).shape[0])
+        if self.strategy.together[-1] > self.strategy.most:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.linear.columns(V)
+
+
 @pytest.mark.parametrize(("graphs", "width"), [(0, 1), (1, 1), (2, 1), (6, 4), (100, 12)])
 def test_as_many_columns_go_together_as_fit_the_budget(
     monkeypatch: pytest.MonkeyPatch, graphs: int, width: int
 ) -> None:
-    together: list[int] = []
-
-    class Watched(ReverseOverReverse):
-        def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
-            linear = super().linearize(*args, **kwargs)
-            columns = linear.columns
-
-            def watched(V: Any) -> Any:
-                together.append(next(iter(V.values())).shape[0])
-                return columns(V)
-
-            monkeypatch.setattr(linear, "columns", watched)
-            return linear
-
     monkeypatch.setattr("hvpop.curvature.preparation.LIVE_BYTES", 0)
-    x, y = regression(1000)
-    H = hessian(mlp(), [(x, y)], strategy=Watched())
-    graph = H.linearize().report().bytes
-    A = H.linearize(memory=graphs * graph)
+    strategy = Watched()
+    H = hessian(mlp(), [regression(1000)], strategy=strategy)
+    A = H.linearize(memory=graphs * H.linearize().report().bytes)
     V = random(A.shape[0], 12)
     expected = H.to_dense() @ V
-    together.clear()
+    strategy.together.clear()
     assert error(A @ V, expected) < TIGHT
-    assert max(together) == width
-
-
-class Hopeless(ReverseOverReverse):
-    def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
-        raise torch.OutOfMemoryError("out of memory")
+    assert max(strategy.together) == width
 
 
 def test_where_memory_runs_out_fewer_columns_go_together() -> None:
-    together: list[int] = []
-
-    class Scarce(ReverseOverReverse):
-        def linearize(self, *args: Any, **kwargs: Any) -> LinearMap:
-            linear = super().linearize(*args, **kwargs)
-            columns = linear.columns
-
-            def scarce(V: Any) -> Any:
-                together.append(next(iter(V.values())).shape[0])
-                if together[-1] > 3:
-                    raise torch.OutOfMemoryError("out of memory")
-                return columns(V)
-
-            linear.columns = scarce  # type: ignore[method-assign]
-            return linear
-
-    A = hessian(mlp(), [regression(20)], strategy=Scarce()).linearize(memory=0)
+    strategy = Watched(most=3)
+    A = hessian(mlp(), [regression(20)], strategy=strategy).linearize(memory=0)
     V = random(A.shape[0], 12)
     expected = hessian(mlp(), [regression(20)]).linearize() @ V
     assert error(A @ V, expected) < TIGHT
-    assert together == [12, 6, 3, 3, 3, 3]
+    assert strategy.together == [12, 6, 3, 3, 3, 3]
     with pytest.raises(torch.OutOfMemoryError):
-        hessian(mlp(), [regression(20)], strategy=Hopeless()).linearize(memory=0) @ V
+        hessian(mlp(), [regression(20)], strategy=Watched(most=0)).linearize(memory=0) @ V
+
+
+class Rounded(nn.Module):
+    """Computes in bfloat16, or has an op that vmap gets wrong by a thousandth."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.body, self.autocast = mlp(), autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.autocast:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.body(x).float()
+        return Thousandth.apply(self.body(x))
+
+
+class Thousandth(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 1.0 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return 1.001 * x, in_dims[0]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_small_disagreement_is_told_unless_rounding_explains_it(autocast: bool) -> None:
+    dtype = torch.float32 if autocast else torch.float64
+    data = [(x.to(dtype), y.to(dtype)) for x, y in split(regression(20), (10, 10))]
+    model = Rounded(autocast).to(dtype)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:  # of the batch as a whole: only vmap may join
+        return (out - y).square().mean() + out.mean().square()
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        A = HessianOperator(model, loss, data, average=BATCHES).linearize()
+        v = random(A.shape[0]).to(dtype)
+        product = A @ v
+    assert any(ADVICE in str(warning.message) for warning in found) is not autocast
+    expected = HessianOperator(model, loss, data, average=BATCHES) @ v
+    assert error(product, expected) < (2e-2 if autocast else TIGHT)
