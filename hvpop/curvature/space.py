@@ -105,11 +105,11 @@ class Multiply(Protocol):
 def multiplier(columns: Params) -> Multiply:
     """What multiplies a map by some columns; a single one goes the strategies' shorter way."""
     k = columns_in(columns)
-    v = {name: column[0] for name, column in columns.items()}
+    if k == 1:
+        v = {name: column[0] for name, column in columns.items()}
+        return lambda linear, width=1: list(linear(v).values())
 
     def multiply(linear: LinearMap, width: int = k) -> list[Tensor]:
-        if k == 1:
-            return list(linear(v).values())
         if width >= k:
             return list(linear.columns(columns).values())
         blocks = [
