@@ -49,7 +49,7 @@ def batch_forms(
             risk.average.normalized,
         )
 
-    with grad_enabled(), risk.policies:
+    with grad_enabled(), risk.at(point, state):
         found = settled(A.strategy, one_pass)
     if not found.values.isfinite().all():
         why = culprit(risk.terms(), point, state, A.strategy, columns)

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ..exchange import Exchange
 from .fingerprint import sums
 from .randomness import private_rng
 
@@ -192,35 +192,32 @@ def usable(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-@contextmanager
-def _as_at_the_first_pass(loader: Any, seed: int) -> Iterator[None]:
+class _as_at_the_first_pass(Exchange):  # noqa: N801 (used like a function)
     """What a DataLoader and its samplers draw by (generators, an epoch) is alike at every pass.
 
     Whatever the user's own passes, between ours, make of it; put back afterwards.
     """
-    sampler = getattr(loader, "sampler", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners: list[Any] = [
-        loader,
-        sampler,
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    ]
-    held = [getattr(owner, "generator", None) for owner in owners]
-    generators = {id(g): g for g in held if isinstance(g, torch.Generator)}.values()
-    states = [(g, g.get_state()) for g in generators]
-    epochs = [(o, o.epoch) for o in owners if hasattr(o, "set_epoch") and hasattr(o, "epoch")]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        for owner, _ in epochs:
-            owner.epoch = 0
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-        for owner, epoch in reversed(epochs):
-            owner.epoch = epoch
+
+    def __init__(self, loader: Any, seed: int) -> None:
+        super().__init__()
+        self._loader, self._seed = loader, seed
+
+    def _change(self) -> None:
+        batch_sampler = getattr(self._loader, "batch_sampler", None)
+        owners: list[Any] = [
+            self._loader,
+            getattr(self._loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        ]
+        held = [getattr(owner, "generator", None) for owner in owners]
+        for generator in {id(g): g for g in held if isinstance(g, torch.Generator)}.values():
+            self._noted(generator.set_state, generator.get_state())
+            generator.manual_seed(self._seed)
+        for owner in owners:
+            if hasattr(owner, "set_epoch") and hasattr(owner, "epoch"):
+                self._noted(setattr, owner, "epoch", owner.epoch)
+                owner.epoch = 0
 
 
 def _pass(data: Any) -> Iterable[Any]:

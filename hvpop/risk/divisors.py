@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from ..interception import Table
 
 
-class DivisorWatch(TorchFunctionMode):
+class DivisorWatch:
     """Looks at the cross entropies that a loss of the user's calls.
 
     A function such as ``lambda z, y: F.cross_entropy(z, y, weight=w)`` divides by the class weights
@@ -21,21 +21,18 @@ class DivisorWatch(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.found: str | None = None
         self.doubtful = self._warned = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if self.found is None and (func is F.cross_entropy or func is F.nll_loss):
-            self.found, doubtful = _divisor(*args, **(kwargs or {}))
+    @property
+    def table(self) -> Table:
+        """For `hvpop.interception`."""
+        return {F.cross_entropy: self._look, F.nll_loss: self._look}
+
+    def _look(self, *args: Any, **kwargs: Any) -> None:
+        if self.found is None:
+            self.found, doubtful = _divisor(*args, **kwargs)
             self.doubtful |= doubtful
-        return func(*args, **(kwargs or {}))
 
     def refuse(self) -> None:
         """Raise if batches cannot be weighted by samples; warn once if perhaps they cannot."""
