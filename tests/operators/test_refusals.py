@@ -17,6 +17,7 @@ from .registry import BF16, F64, NamedDense, dense, entries, symmetric
 A, S = dense(3, 4)[0], symmetric(4)[0]  # general and symmetric
 x = entries(4)
 
+ONES = torch.ones(2)
 half, meta = Dense(entries(4, 4, dtype=BF16)), Identity(4, device="meta")
 sparse = scipy.sparse.eye_array(4).tocsr()
 
@@ -43,6 +44,24 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "nothing": (TypeError, "expects real numbers, got None", lambda: A @ None),
     "objects": (TypeError, "dtype object", lambda: A @ np.ones(4, object)),
     "strings": (TypeError, "expects real numbers, got array", lambda: A @ np.array(list("abcd"))),
+    "gradients in a list": (
+        TypeError,
+        r"<4x4 Dense .*> expects one array, got a list of 2 tensors; .* layout.flatten\(",
+        lambda: S @ [entries(2), entries(2, 1)],
+    ),
+    "gradients by name": (TypeError, "got a dict of 1 tensors", lambda: S @ {"weight": x}),
+    "parameters on the left": (TypeError, "got a tuple of 2 tensors", lambda: (x, x) @ S),
+    "tensors as a diagonal": (
+        TypeError,
+        "Diagonal expects one array, got a list of 2 tensors",
+        lambda: Diagonal([x, x]),  # type: ignore[arg-type]
+    ),
+    "a product that float16 cannot hold": (
+        OverflowError,
+        r"<2x2 Diagonal float16 cpu>: the product reaches 9e\+04, and torch.float16 ends at 65504; "
+        r"multiply a float32 vector, A @ x.float\(\)",
+        lambda: Diagonal(300 * ONES.half()) @ (300 * ONES.half()),
+    ),
     "float32 tensor": (
         TypeError,
         r"expects dtype torch.float64, got torch.float32; use x.to\(",
@@ -192,6 +211,21 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         "no parameter matches head.*; it has net.weight, net.bias, scale",
         lambda: Damped(NamedDense(entries(4, 4)), {"net.*": 1.0, "head.*": 2.0}),
+    ),
+    "damping by a name without its glob": (
+        ValueError,
+        r"no parameter matches net; did you mean net\.\*\?",
+        lambda: Damped(NamedDense(entries(4, 4)), {"net": 1.0}),
+    ),
+    "damping by a name misspelt": (
+        ValueError,
+        r"no parameter matches net\.wieght; did you mean net\.weight\?",
+        lambda: Damped(NamedDense(entries(4, 4)), {"net.wieght": 1.0}),
+    ),
+    "damping by name with entries": (
+        TypeError,
+        r"expected one number for 'net\.\*', got Tensor; .* in one vector",
+        lambda: Damped(NamedDense(entries(4, 4)), {"net.*": entries(2)}),  # type: ignore[dict-item]
     ),
 }
 
