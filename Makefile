@@ -33,6 +33,7 @@ kernels-any-cpu: export ATEN_CPU_CAPABILITY := avx2
 kernels-any-cpu: export OPENBLAS_CORETYPE := Haswell
 
 kernels-threads: export MKL_CBWR := AVX2
+kernels-threads: export OMP_WAIT_POLICY := passive
 kernels-threads: THREADS := --threads 2
 
 lint: .venv/dev
