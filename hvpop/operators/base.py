@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Number
+from numbers import Integral, Number
 from typing import Any
 
 import numpy as np
@@ -198,8 +198,8 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         ValueError
             For a sum of several averages: which batch of one belongs to which of another is not known.
         """
-        if batches is not None and batches < 1:
-            raise ValueError(f"batch_forms expects batches > 0, got {batches}")
+        if batches is not None and (not isinstance(batches, Integral) or batches < 1):
+            raise ValueError(f"batch_forms expects an integer batches > 0, got {batches!r}")
         return crossing.forms(self, lambda V: self._batch_forms(V, batches), V)
 
     # -- life cycle -------------------------------------------------------------------------------

@@ -115,8 +115,9 @@ def _product(A: LinearOperator, hook: Callable[[Tensor], Tensor], m: int, x: Ten
         return torch.zeros(m, 0, dtype=working, device=A.device)
     with _full_precision(A.device):
         Y = hook(V.to(A.device, working))
-    if tuple(Y.shape) != (m, V.shape[1]):
-        expected, got = (m, V.shape[1]), tuple(Y.shape)
+    got = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
+    if got != (m, V.shape[1]):
+        expected = (m, V.shape[1])
         raise ValueError(f"{A!r}: its product must have shape {expected}, got {got}")
     Y = Y.detach().to(working)
     if Y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import crossing
-from .algebra import Composite
+from .algebra import Composite, require_operators
 from .base import LinearOperator
 from .crossing import NDArrayAny
 from .forms import BatchForms
@@ -49,6 +49,7 @@ class Damped(Composite):
     def __init__(
         self, A: LinearOperator, damping: float | Tensor | NDArrayAny | Mapping[str, float] = 0.0
     ) -> None:
+        require_operators(type(self).__name__, (A,))
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"{type(self).__name__} expects a square operator, got {A!r}")
         super().__init__((A,), A.shape, symmetric=A.symmetric)

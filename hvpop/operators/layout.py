@@ -49,6 +49,10 @@ class Layout:
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """``(..., n)`` to tensors ``(..., *shape)`` by name; views where the memory allows."""
+        if not isinstance(v, Tensor):
+            raise TypeError(
+                f"unflatten expects a tensor, got {type(v).__name__}; use torch.as_tensor"
+            )
         if v.ndim == 0 or v.shape[-1] != self.size:
             columns = v.ndim == 2 and v.shape[0] == self.size
             raise ValueError(

@@ -10,7 +10,18 @@ import pytest
 import scipy.sparse
 import torch
 
-from hvpop import BlockDiagonal, Damped, Dense, Diagonal, FromFunction, Identity, Layout, LowRank
+from hvpop import (
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    FromFunction,
+    Identity,
+    Layout,
+    LinearOperator,
+    LowRank,
+    Restriction,
+)
 
 from .registry import BF16, F64, NamedDense, dense, entries, symmetric
 
@@ -20,6 +31,12 @@ x = entries(4)
 ONES = torch.ones(2)
 half, meta = Dense(entries(4, 4, dtype=BF16)), Identity(4, device="meta")
 sparse = scipy.sparse.eye_array(4).tocsr()
+
+
+class InNumPy(LinearOperator):
+    def _apply(self, V: torch.Tensor) -> Any:
+        return V.numpy()
+
 
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "short vector": (
@@ -211,6 +228,36 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         "no parameter matches head.*; it has net.weight, net.bias, scale",
         lambda: Damped(NamedDense(entries(4, 4)), {"net.*": 1.0, "head.*": 2.0}),
+    ),
+    "damping of a tensor": (
+        TypeError,
+        r"Damped expects operators of hvpop, got Tensor; wrap a matrix in hvpop.Dense\(matrix\)",
+        lambda: Damped(entries(4, 4), 1.0),  # type: ignore[arg-type]
+    ),
+    "blocks that are no operators": (
+        TypeError,
+        "BlockDiagonal expects operators of hvpop, got ndarray",
+        lambda: BlockDiagonal([np.eye(2)]),  # type: ignore[list-item]
+    ),
+    "the identity of an operator": (
+        ValueError,
+        r"Identity expects its order, .* got <4x4 Dense.*; Identity.like\(A\)",
+        lambda: Identity(S),  # type: ignore[arg-type]
+    ),
+    "a mask as indices": (
+        TypeError,
+        r"Restriction expects integers, got torch.bool; .* mask.nonzero\(\)",
+        lambda: Restriction(x > 0, 4),
+    ),
+    "an array to a layout": (
+        TypeError,
+        "unflatten expects a tensor, got ndarray; use torch.as_tensor",
+        lambda: Layout(("a",), (torch.Size([4]),)).unflatten(x.numpy()),  # type: ignore[arg-type]
+    ),
+    "a hook that returns an array": (
+        ValueError,
+        r"its product must have shape \(4, 1\), got ndarray",
+        lambda: InNumPy((4, 4), dtype=F64, device="cpu") @ x,
     ),
     "damping by a name without its glob": (
         ValueError,
