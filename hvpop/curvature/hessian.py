@@ -27,7 +27,7 @@ from .diagnosis import culprit
 from .forms import batch_forms
 from .joining import LiveJoin
 from .linearized import LinearizedHessian
-from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
+from .space import WeightedSum, from_point, in_range, layout_of, multiplier, space_of, to_point
 from .tracing import Tracer
 
 
@@ -197,6 +197,9 @@ class HessianOperator(LinearOperator):
 
     def _product(self, V: Tensor) -> Tensor:
         point, state = self._live()
+        return in_range(lambda V: self._product_at(point, state, V), V, point)
+
+    def _product_at(self, point: Params, state: Params, V: Tensor) -> Tensor:
         columns = to_point(V, self.layout, point)
         multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)

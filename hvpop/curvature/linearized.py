@@ -33,7 +33,16 @@ from .forms import batch_forms
 from .joining import random_direction, run_as_one, same
 from .memory import budget_in_bytes, graph_rounding
 from .preparation import Preparation
-from .space import WeightedSum, columns_in, from_point, layout_of, multiplier, space_of, to_point
+from .space import (
+    WeightedSum,
+    columns_in,
+    from_point,
+    in_range,
+    layout_of,
+    multiplier,
+    space_of,
+    to_point,
+)
 from .tracing import TRACE_AFTER, Tracer, may_trace
 
 
@@ -148,14 +157,18 @@ class LinearizedHessian(LinearOperator):
     def _multiplied(self, V: Tensor) -> Tensor:
         self._trace_when_used(self._prepared())
         start = time.perf_counter()
+        Y = in_range(self._multiplied, V, self._point)
+        self._products += V.shape[1]
+        self._seconds += time.perf_counter() - start
+        return Y
+
+    def _multiplied(self, V: Tensor) -> Tensor:
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self.risk.at(self._point, self._state):
             Y = from_point(settled(self.strategy, lambda: self._attempt(columns)), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
             raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
-        self._products += V.shape[1]
-        self._seconds += time.perf_counter() - start
         return Y
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:

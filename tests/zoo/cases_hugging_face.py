@@ -244,7 +244,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "opt": {"seed": 2},
     "t5": {"seed": 2},
 }
-SINGLE = {"tolerance": 1e-5, "agreement": 1e-6}  # their casts to float32
+SINGLE = {"tolerance": 1e-5, "agreement": 5e-6}  # their casts to float32, with an eps of 1e-7
 
 for _name, (_build, _kind, _config, _options) in PAIRS.items():
     _attentions = [LIMITED.get(_name, "sdpa"), *(["eager"] if _name in BOTH else [])]
