@@ -104,9 +104,8 @@ class Split:
             Y, AG = both[:, :count], both[:, count:]
         else:
             Y, AG = A.T @ sketch, A @ G
-        space = self.Q.shape[0] - self.Q.shape[1]
-        E, _, _ = extend(self.Q, Y[:, :space])
-        pairs = ((self.Q, E), (self.Z, A @ E if space else Y[:, :0]), (self.G, G), (self.AG, AG))
+        E, _, _ = extend(self.Q, Y)
+        pairs = ((self.Q, E), (self.Z, A @ E), (self.G, G), (self.AG, AG))
         return Split(*(torch.cat(pair, 1) for pair in pairs))
 
     def outside(self) -> tuple[Tensor, Tensor]:
