@@ -136,7 +136,8 @@ class _Density(SpectralSampling[_State]):
         """600 points over the spectrum and its smoothing, and the width of the latter."""
         nodes = quadrature.nodes[quadrature.weights > 1e-14]
         low, high = nodes.min().item(), nodes.max().item()
-        spread = (high - low) or (abs(high) or 1.0) * 1e-3
+        size = max(abs(low), abs(high)) or 1.0
+        spread = high - low if high - low > 1e-12 * size else 1e-3 * size
         width = spread / self.steps if self.width is None else self.width / self.source.unit
         return torch.linspace(low - 4 * width, high + 4 * width, 600, dtype=torch.float64), width
 

@@ -33,11 +33,14 @@ class Known:
         if self.count + V.shape[1] > V.shape[0]:
             return self
         E, C, R = extend(self.Q, V)
-        d = R.diagonal().abs()
-        if bool((d <= torch.finfo(V.dtype).eps ** 0.5 * torch.linalg.vector_norm(V, dim=0)).any()):
+        if not _independent(R, V):
             return self
         AE = torch.linalg.solve_triangular(R, Y - self.AQ @ C, upper=True, left=False)
         return Known(torch.cat([self.Q, E], 1), torch.cat([self.AQ, AE], 1))
+
+    def adds(self, V: Tensor) -> bool:
+        """Whether every column of ``V`` has a direction that is not known."""
+        return self.count + V.shape[1] <= V.shape[0] and _independent(extend(self.Q, V)[2], V)
 
     def completed(self, A: LinearOperator, count: int) -> Known:
         """After ``count`` products more, with unit vectors as far as they are new."""
@@ -47,3 +50,9 @@ class Known:
         V.diagonal(-r).fill_(1.0)
         E, _, _ = extend(self.Q, V) if r else (V, V, V)
         return Known(torch.cat([self.Q, E], 1), torch.cat([self.AQ, A @ E], 1))
+
+
+def _independent(R: Tensor, V: Tensor) -> bool:
+    """Whether the columns of ``V`` have enough outside of what is known, ``R``, for more digits than half."""
+    allowed = torch.finfo(V.dtype).eps ** 0.5 * torch.linalg.vector_norm(V, dim=0)
+    return bool((R.diagonal().abs() > allowed).all())

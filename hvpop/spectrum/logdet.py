@@ -14,7 +14,7 @@ from ..operators.arguments import Seed
 from . import operand
 from .quadrature import Block, Measure, Quadrature, Recurrences
 from .results import Estimate, Status
-from .sampling import Band, History, mean
+from .sampling import Band, History
 from .spectral import SpectralSampling
 
 
@@ -82,14 +82,21 @@ def logdet(
 @dataclass(frozen=True)
 class _State:
     quadrature: Quadrature
-    above: Tensor  # (N,), n times each finished probe's form of the logarithm: at most this ...
-    below: Tensor  # (N,), ... and at least this
-    rounding: Tensor  # (N,), what the rounding of the products may do to it
+    above: (
+        Tensor  # (2, N), a finished probe's forms of the logarithm and of its square, by Gauss ...
+    )
+    below: Tensor  # (2, N), ... and by Gauss and Radau, -inf where nothing can be said
+    rounding: Tensor  # (N,), what the rounding of the products may do to the logarithm
     history: History = ()
 
     @property
     def products(self) -> int:
         return self.quadrature.products
+
+    @property
+    def gap(self) -> float:
+        """What the quadratures leave open of the form of the logarithm."""
+        return float((self.above[0] - self.below[0]).mean())
 
 
 class _LogDet(SpectralSampling[_State]):
@@ -97,8 +104,8 @@ class _LogDet(SpectralSampling[_State]):
     steps: int
 
     def start(self) -> _State:
-        none = torch.empty(0, dtype=torch.float64)
-        return _State(Quadrature.empty(), none, none, none)
+        none = torch.empty(2, 0, dtype=torch.float64)
+        return _State(Quadrature.empty(), none, none, none[0])
 
     def length(self, state: _State) -> int:
         return max(1, state.quadrature.steps)
@@ -113,7 +120,7 @@ class _LogDet(SpectralSampling[_State]):
         if not (spent or long or group.complete or group.steps % _every(group) == 0):
             return state
         finished = self._finished(state)
-        if spent and state.history and not _settled(finished, self.rtol):  # these would tell less
+        if spent and state.history and not self._settled(finished):  # these would tell less
             return self.noted(replace(state, quadrature=replace(state.quadrature, group=None)))
         if group.complete or spent or long or self._ends(finished):
             return self.noted(finished)
@@ -125,19 +132,19 @@ class _LogDet(SpectralSampling[_State]):
         assert group is not None
         gauss, quadrature = group.measure(), state.quadrature.finished()
         if group.complete:
-            all_ = (quadrature.nodes, quadrature.weights)
-            bounds = [bound.repeat(2) for bound in self._bounds(all_, all_)]  # two that agree
+            whole = (quadrature.nodes, quadrature.weights)
+            bounds = self._bounds(whole, whole)
         else:
             new = self._bounds(gauss, group.measure(_FLOOR * float(gauss[0].abs().max())))
             old = (state.above, state.below, state.rounding)
-            bounds = [torch.cat(pair) for pair in zip(old, new, strict=True)]
+            bounds = [torch.cat(pair, -1) for pair in zip(old, new, strict=True)]
         return _State(quadrature, bounds[0], bounds[1], bounds[2], state.history)
 
     def _ends(self, finished: _State) -> bool:
         """Whether more steps of the last probes are worth less than other probes, or nothing."""
-        if not bool(finished.below.isfinite().all()):
+        if not math.isfinite(finished.gap):
             return True
-        if not _settled(finished, self.rtol):
+        if not self._settled(finished):
             return False
         if not self.affordable or finished.history:
             return True
@@ -145,14 +152,14 @@ class _LogDet(SpectralSampling[_State]):
         limit = 0.0 if self.rtol is None else self.rtol * abs(self.restored(band).value.item())
         if band.error() <= limit:
             return True
-        count, products = finished.above.shape[0], finished.products
+        count, products = self.samples(finished), finished.products
         if limit == 0.0 or not math.isfinite(band.error()):
             return False
-        rounds = math.ceil(1.6 * count / self.block * ((band.error() / limit) ** 2 - 1))
+        rounds = math.ceil(1.1 * count / self.block * ((band.error() / limit) ** 2 - 1))
         return products + rounds * self.block * finished.quadrature.steps <= int(self.order)
 
     def _bounds(self, gauss: Measure, radau: Measure) -> list[Tensor]:
-        n, smallest = self.A.shape[0], self._rounding(gauss)
+        smallest = self._rounding(gauss)
         nodes, weights = gauss
         mass = weights > torch.finfo(torch.float64).tiny
         if (nodes[mass] <= -smallest).any():
@@ -161,30 +168,44 @@ class _LogDet(SpectralSampling[_State]):
                 f"below {nodes[mass].min().item() * self.source.unit:.2e}; "
                 "add damping: A + c * Identity.like(A)"
             )
-        seen = (mass & (nodes <= smallest)).any(0)
-        above = n * (weights * nodes.clamp_min(smallest).log()).sum(0)
-        rounding = n * smallest / 10 * (weights / nodes.clamp_min(smallest)).sum(0)
-        nodes, weights = radau
-        floor = _FLOOR * float(nodes.abs().max())
-        below = n * (weights * nodes.clamp_min(floor).log()).sum(0)
-        below = torch.where(seen, -torch.inf, torch.minimum(below, above))
+        above = _forms(nodes, weights, smallest)
+        rounding = smallest / 10 * (weights / nodes.clamp_min(smallest)).sum(0)
+        below = _forms(*radau, _FLOOR * float(nodes.abs().max()))
+        below[0] = torch.minimum(below[0], above[0])
+        below[0, (mass & (nodes <= smallest)).any(0)] = -torch.inf
         return [above, below, rounding]
+
+    def _settled(self, state: _State) -> bool:
+        """Whether what the quadratures leave open is little beside what the probes do."""
+        allowed = 0.05 * (self.rtol or 0.0) * abs(float(state.above[0].mean()))
+        return state.gap <= max(self._deviation(state.above) / 25, allowed)
+
+    def _deviation(self, forms: Tensor) -> float:
+        """The standard deviation of a form over the sphere, by the trace of the logarithm's square.
+
+        It is far sharper than the spread of a few probes, which an end that depends on it would bias.
+        """
+        mean, square = forms.mean(1).tolist()
+        n = self.A.shape[0]
+        return math.sqrt(max(2 / (n + 2) * (square - mean**2), 0.0)) if mean > -math.inf else 0.0
 
     def _rounding(self, measure: Measure) -> float:
         """Ten roundings of the largest eigenvalue: what is smaller may be anything, even negative."""
         return 10 * torch.finfo(self.A.torch_dtype).eps * float(measure[0].abs().max())
 
     def samples(self, state: _State) -> int:
-        return state.above.shape[0]
+        return state.above.shape[1]
 
     def read(self, state: _State) -> Band:
-        if state.quadrature.group is not None and state.above.shape[0] == 0:
+        if state.quadrature.group is not None and self.samples(state) == 0:
             state = self._finished(state)
-        above, below = mean(state.above), mean(state.below)
-        gap, rounding = (state.above - state.below).mean(), state.rounding.mean()
-        half = torch.maximum(above.high - above.value, (below.high - below.value).nan_to_num(0.0))
-        low, high = above.value - gap - half - rounding, above.value + half + rounding
-        return Band(above.value, above.standard_error, low, high)
+        n, count = self.A.shape[0], self.samples(state)
+        deviations = [self._deviation(forms) for forms in (state.above, state.below)]
+        error = 0.0 if state.quadrature.exact else max(deviations) / count**0.5
+        value, rounding = state.above[0].mean(), state.rounding.mean()
+        half = _TWO_SIDED * error + rounding
+        low, high = value - state.gap - half, value + half
+        return Band(n * value, n * torch.full_like(value, error), n * low, n * high)
 
     def restored(self, band: Band) -> Band:
         shift = self.A.shape[0] * math.log(self.source.unit)
@@ -217,9 +238,8 @@ class _LogDet(SpectralSampling[_State]):
 
     def _in_vain(self, state: _State) -> bool:
         """Whether no number of probes of so many steps would narrow the interval to what was asked."""
-        gap = float((state.above - state.below).mean())
         _, value, _ = state.history[-1]
-        return self.rtol is not None and gap / 2 > self.rtol * value
+        return self.rtol is not None and self.A.shape[0] * state.gap / 2 > self.rtol * value
 
     def report(self, state: _State) -> str:
         group = state.quadrature.group
@@ -227,6 +247,7 @@ class _LogDet(SpectralSampling[_State]):
         return (super().report(state) if state.history else "first probes") + step
 
 
+_TWO_SIDED = 1.96  # standard errors, of 95 % of a normal distribution
 _FLOOR = torch.finfo(torch.float64).eps  # no eigenvalue is smaller, in units of the largest
 _EXACT = 1e-3  # to which all eigenvalues must tell their logarithms at least
 
@@ -236,8 +257,6 @@ def _every(group: Recurrences | Block) -> int:
     return max(4, 2 ** (group.steps.bit_length() - 3)) if isinstance(group, Block) else 4
 
 
-def _settled(state: _State, rtol: float | None) -> bool:
-    """Whether what the quadratures leave open is little beside what the probes do."""
-    spread = state.above.std() if state.above.shape[0] > 1 else 0.0
-    tolerance = max(spread / 25, 0.05 * (rtol or 0.0) * state.above.mean().abs())
-    return bool((state.above - state.below).mean() <= tolerance)
+def _forms(nodes: Tensor, weights: Tensor, smallest: float) -> Tensor:
+    logs = nodes.clamp_min(smallest).log()
+    return torch.stack([(weights * logs).sum(0), (weights * logs**2).sum(0)])

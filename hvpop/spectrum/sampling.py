@@ -242,11 +242,25 @@ class Completing(Sampling[C]):
             products = state.products + known.count - state.known.count
             return self.noted(replace(state, known=known, products=products))  # type: ignore[type-var]
         remember = not self.wide and self.order <= max(self.budget, SMALL)
-        taken = self.source.taken = [] if remember else None
-        state, known = self.sampled(state, left), state.known
-        for V, Y in taken or ():
+        self.source.taken = [] if remember else None
+        state = self.sampled(state, left)
+        return self.noted(replace(state, known=self.learned(state)))  # type: ignore[type-var]
+
+    def learned(self, state: C) -> Known:
+        """What is known after the products of this round."""
+        known = state.known
+        for V, Y in self.source.taken or ():
             known = known.learned(V, Y)
-        return self.noted(replace(state, known=known))  # type: ignore[type-var]
+        return known
+
+    def flat(self, state: C, E: Tensor) -> bool:
+        """Whether a basis ``E`` of what the products gave is nothing new, and all else can be had.
+
+        So it is for a multiple of the identity: its sketch says nothing, and samples of its rest vary.
+        """
+        known = self.learned(state)
+        whole = self.affordable and known.count > state.known.count
+        return whole and state.known.count == state.products and not known.adds(E)
 
     def hopeless(self) -> bool:
         """Whether sampling would cost as much as all of the matrix, as far as can be told before."""

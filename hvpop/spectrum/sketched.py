@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import probes
 from .known import Known
 from .sampling import Completing, History
-from .sketch import LeaveOut, Split
+from .sketch import LeaveOut, Split, extend
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,16 @@ class SplitSampling(Completing[SplitState]):
         (m, n), affordable = self.A.shape, left // self.unit
         sketch = self.drawn(probes.gaussian, m, state, affordable, "sketch")
         G = self.drawn(probes.signs, n, state, affordable, "probe")
-        split = state.split.grown(self.source, sketch, G)
-        return replace(state, split=split, products=state.products + 3 * G.shape[1])
+        A, count = self.source, G.shape[1]
+        if A.symmetric:  # one pass for both
+            both = A @ torch.cat([sketch, G], 1)
+            Y, AG = both[:, :count], both[:, count:]
+        else:
+            Y, AG = A.T @ sketch, A @ G
+        if self.flat(state, extend(state.split.Q, Y)[0]):
+            return replace(state, products=state.products + 2 * count)
+        split = state.split.grown(A, Y, G, AG)
+        return replace(state, split=split, products=state.products + 3 * count)
 
     def samples(self, state: SplitState) -> int:
         return state.split.G.shape[1]
@@ -77,7 +86,10 @@ class LeaveOutSampling(Completing[LeaveOutState]):
     def sampled(self, state: LeaveOutState, left: int) -> LeaveOutState:
         n = self.A.shape[0]
         Omega = self.drawn(self.draw, n, state, left // self.unit)
-        sketch = state.sketch.grown(self.source, Omega, keep=self.keep)
+        Y = self.source @ Omega
+        if self.keep and self.flat(state, extend(state.sketch.Q, Y)[0]):
+            return replace(state, products=state.products + Omega.shape[1])
+        sketch = state.sketch.grown(self.source, Omega, Y, keep=self.keep)
         return replace(state, sketch=sketch, products=state.products + 2 * Omega.shape[1])
 
     def samples(self, state: LeaveOutState) -> int:
