@@ -62,7 +62,8 @@ def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            with suppress(RuntimeError):  # forward mode's zeros have no memory
+                saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
