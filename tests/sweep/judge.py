@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ STEPS = [2e-2 * 4.0**-k for k in range(7)]
 DATA = [(torch.ones(1, dtype=torch.float64), torch.zeros(1))]
 TELLING = 1e-3
 """Differences whose two best steps agree no better tell nothing."""
+
+LIKE = 1e-7
+"""A formula's gradient is torch's but for rounding; torch has 1/6 in float32 for hardsigmoid."""
 
 Values = Callable[[float], Tensor]  # step along v -> gradient, or loss
 
@@ -63,7 +67,7 @@ def judged(problem: Problem, *, trace: bool) -> Verdict:
         return verdict
     tolerance = max(1e-6, 10 * doubt)
     _products(problem, verdict, v, truth, tolerance, trace=trace)
-    if unlike > 1e-9:
+    if unlike > LIKE:
         verdict.verdict = "wrong"
         verdict.detail = f"the gradient of the formula is {unlike:.0e} off; {verdict.detail}"
     if verdict.verdict in ("wrong", "refused") or "wrong" in " ".join(verdict.ways.values()):
@@ -107,7 +111,8 @@ def _products(
         bad = {way: found for way, found in exact.items() if found.startswith(kind)}
         if bad:
             verdict.verdict = kind
-            verdict.detail = "; ".join(f"{way} {found}" for way, found in bad.items())
+            way, found = next(iter(bad.items()))
+            verdict.detail = f"{', '.join(bad)}: {found.removeprefix(kind).lstrip(': ')}"
             return
     if verdict.ways["forward"].startswith("wrong"):
         verdict.verdict, verdict.detail = "wrong", f"forward {verdict.ways['forward']}"
@@ -139,13 +144,13 @@ def _excuse(
         slope, unsure = _difference(lambda s: _loss(problem, params, s * v).detach().reshape(1))
     off = float((slope - base @ v).abs()) / (float(base.norm() * v.norm()) + 1e-300)
     if off > max(1e-6, 10 * unsure):
-        verdict.detail = f"{verdict.verdict}: {verdict.detail}; the gradient itself is {off:.0e} off"
+        verdict.detail = (
+            f"{verdict.verdict}: {verdict.detail}; the gradient itself is {off:.0e} off"
+        )
         verdict.verdict = "first gradient"
 
 
-def _rewritten(
-    problem: Problem, params: Sequence[Tensor], base: Tensor
-) -> tuple[list[str], float]:
+def _rewritten(problem: Problem, params: Sequence[Tensor], base: Tensor) -> tuple[list[str], float]:
     """The ops that formulas stand in for, and how far the gradient of these is from torch's."""
     seen: set[str] = set()
     with Rewrites(seen):
@@ -161,7 +166,7 @@ def _difference(values: Values) -> tuple[Tensor, float]:
     found = [
         (8 * (values(h) - values(-h)) - (values(2 * h) - values(-2 * h))) / (12 * h) for h in STEPS
     ]
-    doubts = [_off(a, b) for a, b in zip(found, found[1:], strict=False)]
+    doubts = [_off(a, b) for a, b in pairwise(found)]
     best = min(range(len(doubts)), key=lambda k: doubts[k] if doubts[k] == doubts[k] else 1e300)
     return found[best + 1], doubts[best]
 

@@ -65,7 +65,9 @@ def number(results: Any) -> Tensor:
 
 
 def ops() -> list[Any]:
-    return [op for op in op_db if op.supports_autograd and torch.float64 in op.supported_dtypes("cpu")]
+    return [
+        op for op in op_db if op.supports_autograd and torch.float64 in op.supported_dtypes("cpu")
+    ]
 
 
 def of_op(op: Any, most: int) -> Iterator[Problem]:
@@ -75,12 +77,35 @@ def of_op(op: Any, most: int) -> Iterator[Problem]:
     for i in range(min(most, len(samples))):
         place = int(i * step)
         yield _problem(op, "", op.op, samples[place], place)
+    several = next((s for s in samples if _count(s) >= 4), samples[0])
+    for words, place_at in POINTS.items():
+        problem = _problem(
+            op, words, op.op, several, next(i for i, s in enumerate(samples) if s is several)
+        )
+        with torch.no_grad():
+            for tensor in problem.module.parameters():
+                place_at(tensor.view(-1))
+        yield problem
     for spelling in (op, *op.aliases):
         for kind in ("op", "method_variant", "inplace_variant"):
             variant = getattr(spelling, kind)
             if variant is not None and variant is not op.op:
                 words = f"{spelling.name} {kind.removesuffix('_variant')}"
                 yield _problem(op, words, variant, samples[0], 0, in_place="inplace" in kind)
+
+
+POINTS: dict[str, Callable[[Tensor], object]] = {
+    "zeros": lambda x: x[::2].zero_(),
+    "all zero": lambda x: x.zero_(),
+    "ties": lambda x: x.copy_(x[:1].expand_as(x)),
+    "pairs": lambda x: x[1::2].copy_(x[: x.numel() - 1 : 2]),
+}
+"""Points at which formulas of derivatives have quotients of zeros, put into the first sample."""
+
+
+def _count(sample: Any) -> int:
+    tensors = pytree.tree_leaves(((sample.input, *sample.args), sample.kwargs))
+    return sum(t.numel() for t in tensors if isinstance(t, Tensor) and t.requires_grad)
 
 
 def _problem(

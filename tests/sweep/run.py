@@ -69,9 +69,7 @@ def swept(database: str, samples: int, names: list[str]) -> Iterator[dict[str, A
 def _lines(database: str, samples: int, names: list[str], skip: int) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.sweep.run", "--work", f"{database}:{skip}"]
     command += ["--samples", str(samples), *names]
-    worker = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -112,7 +110,9 @@ def work(where: str, samples: int, names: list[str]) -> None:
             for i, problem in enumerate(of(entry, samples)):
                 _say(judge.judged(problem, trace=i == 0).as_dict())
         except Exception as error:
-            broken = judge.Verdict(entry.name, "", 0, "no gradient", detail=f"no sample: {error!r:.200}")
+            broken = judge.Verdict(
+                entry.name, "", 0, "no gradient", detail=f"no sample: {error!r:.200}"
+            )
             _say(broken.as_dict())
         finally:
             signal.alarm(0)
@@ -133,7 +133,9 @@ def _words(line: dict[str, Any]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="ops or layers (default: all, and write the table)")
+    parser.add_argument(
+        "names", nargs="*", help="ops or layers (default: all, and write the table)"
+    )
     parser.add_argument("--samples", type=int, default=4, help="of each op (default: 4)")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     return parser.parse_args()
