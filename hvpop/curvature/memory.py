@@ -63,7 +63,8 @@ def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
     def look(tensor: Tensor) -> None:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            with suppress(RuntimeError):  # forward mode's zeros have no memory
+                saved[storage.data_ptr()] = storage.nbytes()
 
     with SavedTensors(look):
         build()

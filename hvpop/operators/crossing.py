@@ -169,8 +169,10 @@ def _numbers(who: str, values: Any, kinds: str) -> NDArrayAny:
 
 def _from_numpy(array: NDArrayAny, dtype: Any) -> Tensor:
     """The array as a tensor, copied only where torch cannot look at its memory."""
-    array = np.asarray(array, dtype=dtype, order="C")
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    array = np.require(array, dtype, ["C", "A"])
+    # NumPy calls an axis of one entry contiguous whatever its stride; torch looks at the stride.
+    plain = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+    return torch.from_numpy(array if plain and array.flags.writeable else array.copy())
 
 
 def _check_kind(A: LinearOperator, x: Tensor) -> None:

@@ -8,14 +8,17 @@ So are convolutions, whose second derivative is right but slow.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..interception import Interception, Table
-from .formulas import arithmetic, embeddings, losses, recurrent
+from .formulas import arithmetic, distances, embeddings, losses, recurrent, spectra
 from .formulas.convolutions import CONVOLUTIONS
+
+Op = Callable[..., Any]
 
 
 class Rewrites(Interception):
@@ -60,6 +63,23 @@ def _noting(table: Table, seen: set[str]) -> Table:
     return {op: noting(op, rewrite) for op, rewrite in table.items()}
 
 
+def _in_torchs_words(table: dict[Op, Op]) -> dict[Op, Op]:
+    """The table with formulas that leave it to torch to say what is wrong with their arguments."""
+
+    def checked(op: Op, formula: Op) -> Op:
+        @wraps(formula)
+        def rewritten(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return formula(*args, **kwargs)
+            except Exception:
+                op(*args, **kwargs)
+                raise  # torch can do it, so it is the formula's own
+
+        return rewritten
+
+    return {op: checked(op, formula) for op, formula in table.items()}
+
+
 # --- the table --------------------------------------------------------------------------------
 # One line per op, and one case in the tests. "reverse": no double backward, or a wrong one;
 # "forward": forward mode over the gradient raises, or is wrong.
@@ -78,8 +98,8 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.embedding: embeddings.torch_embedding,
     F.embedding_bag: embeddings.embedding_bag,  # reverse, forward
     torch._weight_norm: arithmetic.weight_norm,  # reverse is WRONG, without an error; forward
-    torch.cdist: arithmetic.cdist,  # reverse (except p=2 with many points), forward
-    torch.pdist: arithmetic.pdist,  # reverse, forward
+    torch.cdist: distances.cdist,  # reverse (except p=2 with many points), forward
+    torch.pdist: distances.pdist,  # reverse, forward
     torch.scatter_reduce: arithmetic.scatter_reduce,  # "prod": forward is WRONG, without an error
     torch.Tensor.scatter_reduce: arithmetic.scatter_reduce,
     torch.Tensor.scatter_reduce_: arithmetic.scatter_reduce_,
@@ -89,4 +109,28 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_relu: recurrent.rnn_relu,
     torch.cholesky_inverse: arithmetic.cholesky_inverse,  # forward is WRONG, without an error
     torch.Tensor.cholesky_inverse: arithmetic.cholesky_inverse,
+    F.linear_cross_entropy: losses.linear_cross_entropy,  # in chunks: reverse is WRONG; forward
+    torch.sinc: arithmetic.sinc,  # at 0: reverse, forward is WRONG, without an error
+    torch.special.sinc: arithmetic.sinc,
+    torch.Tensor.sinc: arithmetic.sinc,
+    torch.Tensor.sinc_: arithmetic.sinc_,
+    torch.logaddexp: arithmetic.logaddexp,  # of infinite numbers: reverse, forward
+    torch.Tensor.logaddexp: arithmetic.logaddexp,
+    torch.native_layer_norm: arithmetic.native_layer_norm,  # bias without weight: reverse
+    torch.triangular_solve: arithmetic.triangular_solve,  # forward is WRONG, without an error
+    torch.Tensor.triangular_solve: arithmetic.triangular_solve,
+    torch.linalg.svdvals: spectra.svdvals,  # WRONG where values are equal, without an error
+    torch.linalg.eigvalsh: spectra.eigvalsh,
+    torch.linalg.svd: spectra.linalg_svd,
+    torch.svd: spectra.svd,
+    torch.Tensor.svd: spectra.svd,
+    torch.linalg.eigh: spectra.eigh,
+    torch.linalg.matrix_norm: spectra.matrix_norm,
+    torch.linalg.norm: spectra.linalg_norm,
+    torch.linalg.cond: spectra.cond,
+    torch.norm: spectra.norm,
+    torch.Tensor.norm: spectra.norm,
+    torch.nuclear_norm: spectra.nuclear_norm,
 }
+
+REWRITES.update(_in_torchs_words(REWRITES))
