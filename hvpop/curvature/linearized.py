@@ -195,6 +195,7 @@ class LinearizedHessian(LinearOperator):
             total.add(multiply(part.map or prepared.linearized(part.term), width), part.term.weight)
         for term in prepared.rest():
             total.add(multiply(prepared.linearized(term), width), term.weight)
+        self.risk.refuse()
         self._passes += not prepared.complete
         return total.result()
 
@@ -219,7 +220,7 @@ class LinearizedHessian(LinearOperator):
         if joins:
             probe = random_direction(self._point, self.risk.seed)
             truth = self._truth(prepared, probe)
-            self.risk.refuse_unknown_divisors()
+            self.risk.refuse()
             if not truth or not all(bool(t.isfinite().all()) for t in truth):
                 joins = []  # nothing to compare with; the product will say why
         for join in joins:

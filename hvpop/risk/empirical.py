@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
-from .batches import Batches, to_device, usable, version_of
-from .divisors import DivisorWatch
+from .batches import Batches, to_device, usable
 from .fingerprint import Fingerprint
 from .formulas.recurrent import without_cudnn
-from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
+from .losses import BatchLoss, Loss, device_of, scalar, supervised
 from .modules import ONE_THREAD, Inventory, Selection, kept, unwrapped
 from .plain import CONVOLUTION_LAYERS, is_plain
 from .policies import TwiceDifferentiable
@@ -24,6 +22,7 @@ from .randomness import Seeded, SeededThroughout, checked_seed, seed_tensor, tor
 from .rewrites import Rewrites
 from .settings import settings_of
 from .strays import Substitution, leaves_of, reaches_past
+from .weighing import Place, Weigher
 
 Mode = Literal["batch", "full"]
 
@@ -118,8 +117,6 @@ class EmpiricalRisk:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not callable(batch_loss):
-            raise TypeError(f"batch_loss must be callable, got {type(batch_loss).__name__}")
         if mode not in ("batch", "full"):
             raise ValueError(f"mode must be 'batch' or 'full', got {mode!r}")
         if not isinstance(average, Average):
@@ -135,10 +132,8 @@ class EmpiricalRisk:
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0
-        self._known: dict[int, tuple[Any, int, float]] = {}
         self._rewrites = Rewrites()
-        by_samples = average.weight is None and not knows_divisor(batch_loss)
-        self._watch = DivisorWatch() if by_samples else None
+        self._weigher = Weigher(average, batch_loss)
         self._plain = False
         self._convolves = False
         self._has_strays: bool | None = None  # not known before the first evaluation
@@ -184,44 +179,34 @@ class EmpiricalRisk:
         weights = tuple(part.weight for part in parts)
         data = (weights, [part.data for part in parts])
         yield Term(self.total, data, sum(weights), "all the data")
-        if len(parts) > 1:
-            self.refuse_unknown_divisors()
+        self.refuse()
 
     def _batches(self) -> Generator[Term, None, None]:
-        device = device_of(self._inventory.parameters)
-        i = counted = 0
-        for i, batch in enumerate(self._data):
-            if i > 0:
-                self.refuse_unknown_divisors()
-            moved, weight = self._ready(i, batch, device)
+        counted = 0
+        weighed = self._weigher.weighed(self._read(), self.model, self._place)
+        for i, (batch, weight) in enumerate(weighed):
             if weight > 0:  # a mean over nothing (all targets ignored) is not a number
                 counted += 1
-                yield Term(self.loss, (moved, seed_tensor(self.seed + i)), weight, f"batch {i}")
-        if i > 0:
-            self.refuse_unknown_divisors()
+                yield Term(self.loss, (batch, seed_tensor(self.seed + i)), weight, f"batch {i}")
         if counted == 0:
             raise ValueError("all batches have weight 0, so there is nothing to average")
 
-    def _ready(self, i: int, batch: Any, device: torch.device) -> tuple[Any, float]:
-        """A batch on the device, and its weight; known already if it has stayed where it is."""
-        if not self._data.in_memory:
+    def _read(self) -> Generator[tuple[Any, Any], None, None]:
+        """Each batch as the user holds it, if so, and as it is on the device."""
+        device = device_of(self._inventory.parameters)
+        for batch in self._data:
             moved = to_device(batch, device)
-            return moved, self._weight(moved)
-        known, version, weight = self._known.get(i, (None, 0, 0.0))
-        if known is batch and version == version_of(batch):
-            return batch, weight
-        moved = to_device(batch, device)
-        weight = self._weight(moved)
-        if moved is batch:
-            self._known[i] = (batch, version_of(batch), weight)
-        else:
-            self._moved += 1
-        return moved, weight
+            self._moved += moved is not batch
+            yield batch if self._data.in_memory else None, moved
 
-    def refuse_unknown_divisors(self) -> None:
-        """Raise if evaluations so far have shown that batches are not weighted right."""
-        if self._watch is not None:
-            self._watch.refuse()
+    def _place(self) -> Place:
+        seed = seed_tensor(self.seed)
+        return Place(self.loss, self._chosen, self.state(), seed, self._inventory.modules)
+
+    def refuse(self) -> None:
+        """Raise if evaluations so far have shown that the average is not what it should be."""
+        self._weigher.refuse()
+        self._weigher.refuse_constants()
 
     def loss(
         self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
@@ -234,7 +219,9 @@ class EmpiricalRisk:
                 nullcontext() if in_place else self._inventory.holding(state | params),
                 self._rewrites if self._convolves else nullcontext(),
             ):
-                return scalar(self.batch_loss(self.model, batch))
+                value = scalar(self.batch_loss(self.model, batch))
+                self._weigher.observe(value, params)
+                return value
         value = self._evaluated(params, state, batch, seed)
         if self._has_strays is None:
             live = self._inventory.parameters
@@ -256,13 +243,13 @@ class EmpiricalRisk:
             contexts.enter_context(self._inventory.holding(held))
             contexts.enter_context(randomness)
             contexts.enter_context(self._rewrites)
-            if self._watch is not None:
-                contexts.enter_context(self._watch)
+            contexts.enter_context(self._weigher.watch)
             if self._has_strays:
                 contexts.enter_context(Substitution(self._inventory.parameters, held))
             value = scalar(self.batch_loss(self.model, batch))
         if isinstance(randomness, SeededThroughout):
             self._draws_beside_torch = randomness.needed
+        self._weigher.observe(value, params)
         return value
 
     def _randomness(self, seed: Tensor | None) -> Seeded:
@@ -282,19 +269,6 @@ class EmpiricalRisk:
             w * self.loss(params, state, *batch) for w, batch in zip(weights, data, strict=True)
         )
         return torch.stack(list(losses)).sum() / sum(weights)
-
-    def _weight(self, batch: Any) -> float:
-        if self.average.weight is not None:
-            weight = float(self.average.weight(batch))
-        elif hasattr(self.batch_loss, "weight"):
-            weight = float(self.batch_loss.weight(self.model, batch))
-        else:
-            weight = samples_in(batch)
-        if not (weight >= 0 and isfinite(weight)):
-            raise ValueError(
-                f"a batch has weight {weight}; weights must be finite non-negative numbers"
-            )
-        return weight
 
     @property
     def in_memory(self) -> bool:
