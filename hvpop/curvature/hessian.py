@@ -93,6 +93,11 @@ class HessianOperator(LinearOperator):
         cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None
     ) -> HessianOperator:
         """The Hessian of a risk that was made before."""
+        if not isinstance(risk, EmpiricalRisk):
+            raise TypeError(
+                f"from_risk takes an EmpiricalRisk, got {type(risk).__name__}; for a batch loss make one "
+                "with EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
+            )
         operator = cls.__new__(cls)
         operator._build(risk, strategy)
         return operator
@@ -212,6 +217,7 @@ class HessianOperator(LinearOperator):
                     multiply(self.strategy.linearize(term.function, point, state, *term.data)),
                     term.weight,
                 )
+        self.risk.refuse()
         Y = from_point(total.result(), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), point, state, self.strategy, columns)

@@ -152,9 +152,9 @@ class LinearizedHessian(LinearOperator):
         )
 
     def _apply(self, V: Tensor) -> Tensor:
-        return guarded(lambda: self._multiplied(V))
+        return guarded(lambda: self._counted(V))
 
-    def _multiplied(self, V: Tensor) -> Tensor:
+    def _counted(self, V: Tensor) -> Tensor:
         self._trace_when_used(self._prepared())
         start = time.perf_counter()
         Y = in_range(self._multiplied, V, self._point)
@@ -212,6 +212,7 @@ class LinearizedHessian(LinearOperator):
             total.add(multiply(part.map or prepared.linearized(part.term), width), part.term.weight)
         for term in prepared.rest():
             total.add(multiply(prepared.linearized(term), width), term.weight)
+        self.risk.refuse()
         self._passes += not prepared.complete
         return total.result()
 
@@ -236,7 +237,7 @@ class LinearizedHessian(LinearOperator):
         if joins:
             probe = random_direction(self._point, self.risk.seed)
             truth = self._truth(prepared, probe)
-            self.risk.refuse_unknown_divisors()
+            self.risk.refuse()
             if not truth or not all(bool(t.isfinite().all()) for t in truth):
                 joins = []  # nothing to compare with; the product will say why
         for join in joins:

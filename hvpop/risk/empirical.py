@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator
 from contextlib import AbstractContextManager
-from math import isfinite
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
-from .batches import Batches, to_device, usable, version_of
-from .divisors import DivisorWatch
+from .batches import Batches, to_device, usable
 from .fingerprint import Fingerprint
 from .function import Description, LossFunction, Tensors, Total
-from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, supervised
+from .losses import BatchLoss, Loss, device_of, supervised
 from .modules import Inventory, Selection, kept, unwrapped
 from .randomness import checked_seed, seed_tensor
+from .weighing import Place, Weigher
 
 Mode = Literal["batch", "full"]
 
@@ -113,8 +111,6 @@ class EmpiricalRisk:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not callable(batch_loss):
-            raise TypeError(f"batch_loss must be callable, got {type(batch_loss).__name__}")
         if mode not in ("batch", "full"):
             raise ValueError(f"mode must be 'batch' or 'full', got {mode!r}")
         if not isinstance(average, Average):
@@ -130,12 +126,8 @@ class EmpiricalRisk:
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0
-        self._known: dict[int, tuple[Any, int, float]] = {}
-        by_samples = average.weight is None and not knows_divisor(batch_loss)
-        self._watch = DivisorWatch() if by_samples else None
-        self.function = LossFunction(
-            self._roots, batch_loss, self._watch.table if self._watch else None
-        )
+        self._weigher = Weigher(average, batch_loss)
+        self.function = LossFunction(self._roots, batch_loss, self._weigher)
         self._frozen: tuple[object, EmpiricalRisk] | None = None
         self._live = True
         self._chosen: Tensors = {}
@@ -177,62 +169,39 @@ class EmpiricalRisk:
         weights = tuple(part.weight for part in parts)
         data = (weights, [part.data for part in parts])
         yield Term(Total(self.function), data, sum(weights), "all the data")
-        if len(parts) > 1:
-            self.refuse_unknown_divisors()
+        self.refuse()
 
     def _batches(self) -> Generator[Term, None, None]:
-        device = device_of(self._inventory.parameters)
-        i = counted = 0
-        for i, batch in enumerate(self._data):
-            if i > 0:
-                self.refuse_unknown_divisors()
-            moved, weight = self._ready(i, batch, device)
+        counted = 0
+        weighed = self._weigher.weighed(self._read(), self.model, self._place)
+        for i, (batch, weight) in enumerate(weighed):
             if weight > 0:  # a mean over nothing (all targets ignored) is not a number
                 counted += 1
-                yield Term(self.loss, (moved, seed_tensor(self.seed + i)), weight, f"batch {i}")
-        if i > 0:
-            self.refuse_unknown_divisors()
+                yield Term(self.loss, (batch, seed_tensor(self.seed + i)), weight, f"batch {i}")
         if counted == 0:
             raise ValueError("all batches have weight 0, so there is nothing to average")
 
-    def _ready(self, i: int, batch: Any, device: torch.device) -> tuple[Any, float]:
-        """A batch on the device, and its weight; known already if it has stayed where it is."""
-        if not self._data.in_memory:
+    def _read(self) -> Generator[tuple[Any, Any], None, None]:
+        """Each batch as the user holds it, if so, and as it is on the device."""
+        device = device_of(self._inventory.parameters)
+        for batch in self._data:
             moved = to_device(batch, device)
-            return moved, self._weight(moved)
-        known, version, weight = self._known.get(i, (None, 0, 0.0))
-        if known is batch and version == version_of(batch):
-            return batch, weight
-        moved = to_device(batch, device)
-        weight = self._weight(moved)
-        if moved is batch:
-            self._known[i] = (batch, version_of(batch), weight)
-        else:
-            self._moved += 1
-        return moved, weight
+            self._moved += moved is not batch
+            yield batch if self._data.in_memory else None, moved
 
-    def refuse_unknown_divisors(self) -> None:
-        """Raise if evaluations so far have shown that batches are not weighted right."""
-        if self._watch is not None:
-            self._watch.refuse()
+    def _place(self) -> Place:
+        seed = seed_tensor(self.seed)
+        return Place(self.loss, self._chosen, self.state(), seed, self._inventory.modules)
+
+    def refuse(self) -> None:
+        """Raise if evaluations so far have shown that the average is not what it should be."""
+        self._weigher.refuse()
+        self._weigher.refuse_constants()
 
     @property
     def loss(self) -> LossFunction:
         """The loss of one batch, a function of parameters, state, batch and seed."""
         return self.function
-
-    def _weight(self, batch: Any) -> float:
-        if self.average.weight is not None:
-            weight = float(self.average.weight(batch))
-        elif hasattr(self.batch_loss, "weight"):
-            weight = float(self.batch_loss.weight(self.model, batch))
-        else:
-            weight = samples_in(batch)
-        if not (weight >= 0 and isfinite(weight)):
-            raise ValueError(
-                f"a batch has weight {weight}; weights must be finite non-negative numbers"
-            )
-        return weight
 
     @property
     def in_memory(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,15 @@ from .settings import Snapshot, settings_of
 Tensors = dict[str, Tensor]
 
 _NOTHING = nullcontext()
+
+
+class Observer(Protocol):
+    """What wants to know of evaluations."""
+
+    @property
+    def table(self) -> Table: ...
+
+    def observe(self, value: Tensor, params: Tensors) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,13 @@ class LossFunction:
         self,
         roots: Mapping[str, nn.Module],
         batch_loss: BatchLoss,
-        watch: Table | None = None,
+        observer: Observer,
         snapshot: Snapshot | None = None,
     ) -> None:
         self.now = Description(roots, batch_loss)
         self.hooked = False
         """Whether the last evaluation put hooks on tensors."""
-        self._watch = watch
+        self._observer = observer
         self._snapshot = snapshot
         self._at: _At | None = None
         self._draws: bool | None = None  # beside torch's random numbers; None: not known yet
@@ -108,7 +117,7 @@ class LossFunction:
 
     def frozen(self, look: Description) -> LossFunction:
         """The same function with every setting as it is now."""
-        frozen = LossFunction(look.roots, look.batch_loss, self._watch, look.snapshot())
+        frozen = LossFunction(look.roots, look.batch_loss, self._observer, look.snapshot())
         frozen.now, frozen._draws = look, self._draws
         return frozen
 
@@ -191,9 +200,12 @@ class LossFunction:
                 else now.inventory.holding(state | params, self._snapshot),
                 Rewrites() if now.convolves else nullcontext(),
             ):
-                return scalar(now.batch_loss(now.roots[""], batch))
-        with self.at(params, state, batch, seed):
-            return self._within(batch, seed)
+                value = scalar(now.batch_loss(now.roots[""], batch))
+        else:
+            with self.at(params, state, batch, seed):
+                value = self._within(batch, seed)
+        self._observer.observe(value, params)
+        return value
 
     def _within(self, batch: Any, seed: Tensor | None) -> Tensor:
         """The loss at the point that the model holds."""
@@ -280,7 +292,6 @@ class _At(Exchange):
         buffers, live = now.inventory.buffers, now.inventory.parameters
         held = {n: t.clone() if n in buffers else t for n, t in self._state.items()} | self._params
         stand_ins = {id(live[n]): t for n, t in held.items() if n in live and live[n] is not t}
-        tables = [WATCHED] if function._watch is None else [WATCHED, function._watch]
         self._replaced = {i for i, t in stand_ins.items() if t.is_leaf}  # others come from theirs
         self._enter(FunctionsWatched())
         if self._twice:
@@ -290,7 +301,7 @@ class _At(Exchange):
             self._enter(without_cudnn())
         self._enter(now.inventory.holding(held, function._snapshot))
         self._enter(Ungraded(self._params.values()))  # backward passes inside others add to them
-        self._enter(Interception(*tables, stand_ins=stand_ins))
+        self._enter(Interception(WATCHED, function._observer.table, stand_ins=stand_ins))
         self._noted(setattr, function, "_at", function._at)
         function._at = self
 

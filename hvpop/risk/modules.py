@@ -89,8 +89,10 @@ class Inventory:
         chosen = {n: p for n, p in trainable.items() if any(test(n, p) for test in wanted)}
         for item, test in zip(items, wanted, strict=True):
             if not any(test(n, p) for n, p in trainable.items()):
+                inside = isinstance(item, str) and any(n.startswith(f"{item}.") for n in trainable)
+                meant = f"did you mean {item + '.*'!r}? " if inside else ""
                 raise ValueError(
-                    f"params={_shown(item)} matches no trainable parameter; "
+                    f"params={_shown(item)} matches no trainable parameter; {meant}"
                     f"there are {', '.join(trainable)}"
                 )
         if not chosen:

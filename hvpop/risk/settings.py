@@ -27,12 +27,13 @@ _OPAQUE = (
     type,
     types.ModuleType,
     types.BuiltinFunctionType,
+    nn.Parameter,
     torch.Generator,
     np.random.Generator,
     np.random.RandomState,
     random.Random,
 )
-"""What is what it is as long as it is the same: random states change and are no settings."""
+"""What is what it is as long as it is the same: parameters and random states change, and are none."""
 
 
 class _Same:
@@ -72,7 +73,7 @@ class _Walk:
             return _Same(thing)
         if isinstance(thing, type) and not _is_torchs(thing):
             return _Same(thing), self._named(_data_of(thing))
-        if isinstance(thing, Tensor):
+        if isinstance(thing, Tensor) and not isinstance(thing, _OPAQUE):
             return _Same(thing), *_tensor(thing)
         if isinstance(thing, np.ndarray | np.generic):
             return type(thing), str(thing.dtype), np.shape(thing), _bytes(thing)

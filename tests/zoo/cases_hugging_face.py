@@ -298,7 +298,7 @@ def whisper() -> Problem:
     )
 
 
-@case("hf_clip", **SINGLE)
+@case("hf_clip", warns="no mean of theirs", **SINGLE)
 def clip() -> Problem:
     options = {
         "text_config": U | {"max_position_embeddings": 16, "eos_token_id": 2, "projection_dim": 4},
