@@ -193,6 +193,8 @@ class Preparation:
                 raise
             self.release()  # the estimate was wrong, or others took the memory
             return None
+        if not self._kept_bytes:  # the first: is a trace still of the function?
+            getattr(linear, "verify", lambda: None)()
         size = _bytes_held(linear, size)
         if self.bytes + size > self._budget:
             return None

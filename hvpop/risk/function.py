@@ -181,7 +181,11 @@ class LossFunction:
 
         def compute() -> Tensors:
             buffers = {name: t.clone() for name, t in held.buffers.items()}
-            with PrivateRNG(generators), held.holding(buffers):
+            with (
+                PrivateRNG(generators),
+                held.holding(buffers),
+                without_cudnn() if held.recurrent else nullcontext(),
+            ):
                 seed_all(int(seed), generators)
                 return backward(scalar(self.now.batch_loss(self.now.roots[""], batch)), trained)
 
