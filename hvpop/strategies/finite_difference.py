@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
+from .graphs import explained_once
 from .rounding import rounding
 
 
@@ -85,9 +86,10 @@ class _GradientDifference(LinearMap):
             loss = self._fn(moved, *self._args)
             if not loss.requires_grad:
                 return filled(moved, (None,) * len(moved))
-            gradient = torch.autograd.grad(
-                loss, list(moved.values()), create_graph=self._differentiable, allow_unused=True
-            )
+            with explained_once():
+                gradient = torch.autograd.grad(
+                    loss, list(moved.values()), create_graph=self._differentiable, allow_unused=True
+                )
         return filled(moved, gradient)
 
 
