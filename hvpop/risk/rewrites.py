@@ -13,30 +13,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
+from ..interception import Interception, Table
 from .formulas import arithmetic, distances, embeddings, losses, recurrent, spectra
 from .formulas.convolutions import CONVOLUTIONS
 
 Op = Callable[..., Any]
 
 
-class Rewrites(TorchFunctionMode):
+class Rewrites(Interception):
     """Context in which ops of `REWRITES`, and convolutions that gain by it, are evaluated by formulas.
 
     Values and first derivatives equal those of the op to rounding, with torch's own convention at
-    kinks; second derivatives are exact, in reverse and in forward mode. Enter it around the forward
-    evaluation only: the gradients are then made of ordinary ops. Scripted code is not seen.
+    kinks; second derivatives are exact, in reverse and in forward mode. Scripted code is not seen.
 
     Parameters
     ----------
     seen : set of str, optional
         Receives the name of each op that was rewritten.
-
-    Notes
-    -----
-    An op that is not rewritten costs two look-ups and what torch takes to call any mode: 1 to 2
-    microseconds, 4 to 9 for the Python functions of `torch.nn.functional`.
 
     Examples
     --------
@@ -52,24 +46,21 @@ class Rewrites(TorchFunctionMode):
     """
 
     def __init__(self, seen: set[str] | None = None) -> None:
-        super().__init__()
-        self._seen: set[str] = set() if seen is None else seen
+        tables: list[Table] = [REWRITES, CONVOLUTIONS]
+        super().__init__(*(tables if seen is None else [_noting(t, seen) for t in tables]))
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        rewrite = REWRITES.get(func) or CONVOLUTIONS.get(func)
-        if rewrite is not None:
-            # torch runs this method with the mode off: a formula may call the op it replaces.
-            result = rewrite(*args, **(kwargs or {}))
+
+def _noting(table: Table, seen: set[str]) -> Table:
+    def noting(op: Callable[..., Any], rewrite: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = rewrite(*args, **kwargs)
             if result is not None:
-                self._seen.add(func.__name__)
-                return result
-        return func(*args, **kwargs) if kwargs else func(*args)
+                seen.add(op.__name__)
+            return result
+
+        return noted
+
+    return {op: noting(op, rewrite) for op, rewrite in table.items()}
 
 
 def _in_torchs_words(table: dict[Op, Op]) -> dict[Op, Op]:

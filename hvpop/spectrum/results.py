@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..operators.wording import counted
 
-Status = Literal["converged", "max products", "stagnated", "interrupted"]
+Status = Literal["converged", "max products", "stagnated", "low end unresolved", "interrupted"]
 """How a computation ended.
 
 "converged": the error is at most what was asked; "max products": the budget is spent;
-"stagnated": rounding allows no smaller error; "interrupted": Ctrl-C, this is what there was.
+"stagnated": rounding allows no smaller error; "low end unresolved": of `logdet`, which does not know
+the smallest eigenvalues; "interrupted": Ctrl-C, this is what there was.
 """
 
 
