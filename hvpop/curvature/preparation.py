@@ -226,4 +226,5 @@ def _bytes_held(linear: LinearMap, graph: int) -> int:
 
 
 def _shape(term: Term) -> tuple[object, ...]:
-    return tuple((tuple(t.shape), t.dtype) for t in tensors_in(term.data))
+    tensors = tensors_in(term.data)  # nested ones are each of a shape of its own
+    return tuple((id(t) if t.is_nested else tuple(t.shape), t.dtype) for t in tensors)

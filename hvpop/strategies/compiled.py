@@ -305,8 +305,8 @@ def _signature(arguments: object) -> tuple[Hashable, ...]:
 
 def _kind(leaf: object) -> Hashable:
     if isinstance(leaf, Tensor):
-        if leaf.layout is not torch.strided:
-            raise UntraceableError(f"a tensor is {leaf.layout}")
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            raise UntraceableError(f"a tensor is {'nested' if leaf.is_nested else leaf.layout}")
         return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     if leaf is None or isinstance(leaf, _CONSTANTS):
         return type(leaf), leaf
