@@ -53,6 +53,10 @@ class Task(ABC, Generic[S]):
     def verdict(self, state: S) -> Status | None:
         """How it ended, or None if there is more to do."""
 
+    def short(self, state: S) -> Status:
+        """How it ended where the budget did."""
+        return "max products"
+
     @abstractmethod
     def report(self, state: S) -> str:
         """What a user wants to see while waiting."""
@@ -100,7 +104,7 @@ def run(
                     bar.update(state.products - before)
                 if file is not None and file.due():
                     file.save(task.pack(state))
-        status = "max products" if verdict is None else verdict
+        status = task.short(state) if verdict is None else verdict
     except KeyboardInterrupt:
         if state.products == 0:
             raise  # there is nothing to return

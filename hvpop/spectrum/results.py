@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..operators.wording import counted
 
-Status = Literal["converged", "max products", "stagnated", "interrupted"]
+Status = Literal["converged", "max products", "unresolved copies", "stagnated", "interrupted"]
 """How a computation ended.
 
 "converged": the error is at most what was asked; "max products": the budget is spent;
-"stagnated": rounding allows no smaller error; "interrupted": Ctrl-C, this is what there was.
+"unresolved copies": the pairs of `eigsh` are as exact as asked, but the budget was spent before the search
+for missing ones was over; "stagnated": rounding allows no smaller error; "interrupted": Ctrl-C, this is what there was.
 """
 
 
