@@ -2,13 +2,39 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs clean
+KERNELS := kernels-sse42 kernels-avx2 kernels-any-cpu kernels-threads
+
+.PHONY: demo test lint bench docs clean kernels $(KERNELS)
 
 demo: .venv/examples
 	$(BIN)/python examples/digits.py
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# The suite under the kernels that torch, MKL, oneDNN and OpenBLAS take on other CPUs (CONTRIBUTING.md).
+kernels: $(KERNELS)
+
+$(KERNELS): .venv/dev
+	$(BIN)/python -m pytest $(THREADS) $(TESTS)
+
+kernels-sse42: export MKL_ENABLE_INSTRUCTIONS := SSE4_2
+kernels-sse42: export ONEDNN_MAX_CPU_ISA := SSE41
+kernels-sse42: export ATEN_CPU_CAPABILITY := default
+kernels-sse42: export OPENBLAS_CORETYPE := Nehalem
+
+kernels-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+kernels-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+kernels-avx2: export ATEN_CPU_CAPABILITY := avx2
+kernels-avx2: export OPENBLAS_CORETYPE := Zen
+
+kernels-any-cpu: export MKL_CBWR := COMPATIBLE
+kernels-any-cpu: export ATEN_CPU_CAPABILITY := avx2
+kernels-any-cpu: export OPENBLAS_CORETYPE := Haswell
+
+kernels-threads: export MKL_CBWR := AVX2
+kernels-threads: export OMP_WAIT_POLICY := passive
+kernels-threads: THREADS := --threads 2
 
 lint: .venv/dev
 	$(BIN)/ruff check .

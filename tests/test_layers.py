@@ -15,6 +15,8 @@ LAYERS = {
     3: ("distributed", "functional", "plotting"),
     2: ("curvature", "solvers", "spectrum"),
     1: ("operators", "strategies", "risk"),
+    0: ("interception",),
+    -1: ("exchange",),
 }
 LEVEL = {part: level for level, parts in LAYERS.items() for part in parts}
 

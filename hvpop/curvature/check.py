@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from ..strategies import FiniteDifference, ForwardOverReverse, HVPStrategy, ReverseOverReverse
 from ..strategies.base import grad_enabled
 from .examination import Examination, admitted
-from .findings import CheckResult, Finding, Level, Timing
+from .findings import CheckResult, Finding, Timing
 from .memory import graph_bytes
 
 if TYPE_CHECKING:
     from .hessian import HessianOperator
 
 __all__ = ["CheckResult", "check"]
+
+FEW_DIGITS = 1e-2
+"""Differences that are surer than this tell, though they tell less than they should."""
+
+TINY = 1e-300
+"""In place of zero as a divisor."""
 
 
 def check(H: HessianOperator, batches: int | None = 1) -> CheckResult:
@@ -75,24 +81,32 @@ def _scan_modules(examination: Examination) -> None:
 
 
 def _look_at_gradient(examination: Examination) -> None:
-    """See whether losses and gradients are finite, and which parameters get no gradient."""
-    leaves = {n: p.clone().requires_grad_() for n, p in examination.point.items()}
-    unused = set(leaves)
+    """See whether losses and gradients are finite, what gets none, and whether hvpop sees all of it.
+
+    The reference is a plain ``backward()`` on the model as its user has it.
+    """
+    reached: set[str] = set()
     for term in examination.terms:
-        loss = term.function(leaves, examination.state, *term.data)
+        loss = term.function(examination.point, examination.state, *term.data)
         if not loss.isfinite():
             return examination.note("wrong", "loss", f"{loss.item()} in {term.label}")
-        gradient: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if loss.requires_grad:
-            gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        reached = {n: g for n, g in zip(leaves, gradient, strict=True) if g is not None}
-        infinite = [n for n, g in reached.items() if not g.isfinite().all()]
+        plain = examination.plain_gradient(term)
+        infinite = [n for n, g in plain.items() if not _dense(g).isfinite().all()]
         if infinite:
             what = f"not finite in {term.label} for {_listed(infinite)}"
             return examination.note("wrong", "gradient", what)
-        unused -= set(reached)
+        reached |= set(plain)
+        gap = examination.gradient_gap(term, plain)
+        if gap > examination.rounding and examination.repeats(term, plain):
+            examination.note(
+                "wrong",
+                "gradient",
+                f"at exchanged parameters it differs by {gap:.1e} from a plain backward(): the model "
+                "reaches its parameters in a way that no exchange of them can see",
+            )
+    unused = [name for name in examination.point if name not in reached]
     if unused:
-        names = _listed([name for name in leaves if name in unused])
+        names = _listed(unused)
         examination.note("note", "parameters without gradient", f"{names}: zero rows and columns")
 
 
@@ -121,41 +135,62 @@ def _compare_products(examination: Examination) -> None:
     u, v = examination.probe(1), examination.probe(2)
     uv = torch.cat([u, v], dim=1)
     Hu, Hv, H_uv = examination.products(examination.strategy, u, v, uv)
-    asymmetry = float((u.T @ Hv - v.T @ Hu).abs() / (u.norm() * Hv.norm()).clamp_min(1e-30))
-    level: Level = "ok" if asymmetry <= examination.rounding else "wrong"
-    examination.note(level, "symmetry", f"u'Hv and v'Hu differ by {asymmetry:.1e}")
+    asymmetry = float((u.T @ Hv - v.T @ Hu).abs() / (u.norm() * Hv.norm()).clamp_min(TINY))
+    noise = 0.0
+    if asymmetry > examination.rounding:
+        noise = examination.noise(v)
+    if asymmetry <= examination.rounding:
+        examination.note("ok", "symmetry", f"u'Hv and v'Hu differ by {asymmetry:.1e}")
+    elif noise > 0.1:
+        examination.note("open", "symmetry", "tells nothing: the product is zero up to rounding")
+    else:
+        examination.note("wrong", "symmetry", f"u'Hv and v'Hu differ by {asymmetry:.1e}")
     gap = _gap(H_uv, torch.cat([Hu, Hv], dim=1))
     if not gap <= examination.rounding:
         what = f"columns together differ by {gap:.1e} from columns one by one"
         examination.note("wrong", "block products", what)
-    truth = examination.difference(v)
+    truth, uncertainty = examination.difference(v)
     own = getattr(examination.strategy, "current", examination.strategy)
     known = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
     for strategy in {repr(s): s for s in (*known, own)}.values():
-        _time(examination, strategy, v, truth.product)
+        _time(examination, strategy, v, truth)
     exact = [t for t in examination.timings if t.strategy != "FiniteDifference()"]
     best = min(exact, key=lambda t: t.error, default=None)
     right = [t.strategy for t in exact if t.error <= examination.tolerance]
     others = [name for name in right if name != repr(own)]
-    _judge(examination, _gap(Hv, truth.product), truth.error, others)
+    _judge(examination, v, Hv, truth, uncertainty, others)
     for timing in exact:
         if best and timing.error > max(examination.tolerance, 10 * best.error):
             what = f"is off by {timing.error:.1e} where {best.strategy} is off by {best.error:.1e}"
             examination.note("note", timing.strategy, f"{what}: do not use it for this model")
 
 
-def _judge(examination: Examination, gap: float, uncertainty: float, others: list[str]) -> None:
+def _judge(
+    examination: Examination,
+    v: Tensor,
+    Hv: Tensor,
+    truth: Tensor,
+    uncertainty: float,
+    others: list[str],
+) -> None:
     """Say what the distance from finite differences means.
 
-    It means little if these differ among themselves, and much if ``others``, strategies, agree with
-    them.
+    It means little if these differ among themselves or if there is nothing but rounding, and much if
+    ``others``, strategies, agree with them.
     """
     what = "finite differences of gradients"
-    if gap <= examination.tolerance:
+    gap = _gap(Hv, truth)
+    if gap <= examination.tolerance and truth.norm() > 0:
         examination.note("ok", what, f"differ by {gap:.1e}")
+    elif not truth.norm() > 0 and not Hv.norm() > 0:
+        examination.note("note", what, "are zero, as the product is: there is no curvature to see")
+    elif examination.noise(v) > 0.1:
+        examination.note("open", what, "tell nothing: the product is zero up to rounding")
+    elif gap <= 10 * uncertainty and uncertainty <= FEW_DIGITS:
+        examination.note("ok", what, f"differ by {gap:.1e}, among themselves by {uncertainty:.1e}")
     elif gap <= 10 * uncertainty:
         examination.note(
-            "note",
+            "open",
             what,
             f"differ by {gap:.1e}, but by {uncertainty:.1e} among themselves, so they tell nothing: "
             "there are kinks near the point (relu, max, abs), or parts of the model keep few digits",
@@ -194,7 +229,11 @@ def _time(examination: Examination, strategy: HVPStrategy, v: Tensor, truth: Ten
 
 
 def _gap(x: Tensor, truth: Tensor) -> float:
-    return float((x - truth).norm() / truth.norm().clamp_min(1e-30))
+    return float((x - truth).norm() / torch.maximum(x.norm(), truth.norm()).clamp_min(TINY))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _hooks(module: nn.Module) -> list[object]:

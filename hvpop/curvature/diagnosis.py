@@ -8,6 +8,8 @@ import torch
 
 from ..risk import Term
 from ..strategies import HVPStrategy, Params
+from ..strategies.base import at
+from ..strategies.finite_difference import first_gradient
 from .space import multiplier
 
 
@@ -31,13 +33,14 @@ def _in_term(
     term: Term, point: Params, state: Params, strategy: HVPStrategy, columns: Params
 ) -> str | None:
     leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
-    with torch.inference_mode(False), torch.enable_grad():
-        loss = term.function(leaves, state, *term.data)
+    fn, args = term.function, (state, *term.data)
+    with torch.inference_mode(False), torch.enable_grad(), at(fn, leaves, *args):
+        loss = fn(leaves, *args)
         if not loss.isfinite():
             return f"the loss is {loss.item()}"
-        gradient = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    for name, g in zip(leaves, gradient, strict=True):
-        if g is not None and not g.isfinite().all():
+        gradient = first_gradient(fn, leaves, args)
+    for name, g in gradient.items():
+        if not g.isfinite().all():
             return f"the gradient of {name} is not finite"
     linear = strategy.linearize(term.function, point, state, *term.data)
     computed = multiplier(columns)(linear)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,11 @@ from torch import Tensor
 from ..risk import EmpiricalRisk, Term
 from ..strategies import FiniteDifference, FirstThatWorks, HVPStrategy, Params
 from ..strategies.fallback import settled
+from ..strategies.referee import norm
 from ..strategies.rounding import rounding
 from .diagnosis import culprit
 from .findings import Finding, Level, Timing
-from .referee import Difference, difference
+from .referee import over_terms
 from .space import WeightedSum, from_point, multiplier, to_point
 
 if TYPE_CHECKING:
@@ -58,6 +59,47 @@ class Examination:
 
         return settled(strategy, compute)
 
+    def plain_gradient(self, term: Term) -> Params:
+        """What a ``backward()`` on the model as it is gives to those parameters that it reaches."""
+        if any(p.is_inference() for p in self.risk.parameters().values()):  # has no backward()
+            return self.risk.gradient(self.point, self.state, *term.data)
+        found = self.risk.function.untouched_gradient(*term.data)
+        return {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
+
+    def gradient_gap(self, term: Term, plain: Params) -> float:
+        """How far hvpop's first gradient is from another one, relative, the farthest parameter's.
+
+        At copies of the parameters, so that nothing can be right by chance.
+        """
+        return self._gap(self.risk.gradient(self.point, self.state, *term.data), plain)
+
+    def repeats(self, term: Term, plain: Params) -> bool:
+        """Whether a gradient comes out the same a second time, as that of a random loss does not."""
+        return self._gap(self.plain_gradient(term), plain) <= self.rounding
+
+    def _gap(self, own: Params, plain: Params) -> float:
+        total, gaps = norm(plain), [0.0]
+        for name, g in own.items():
+            mine = g.to_dense() if g.is_sparse else g
+            other = plain.get(name, torch.zeros_like(mine))
+            off = float((mine.double() - other.double()).norm())
+            if off > self._eps**0.75 * total:
+                gaps.append(off / max(float(mine.double().norm()), float(other.double().norm())))
+        return max(gaps)
+
+    def noise(self, v: Tensor) -> float:
+        """What rounding makes of a product, relative: how far those at two nearest points differ."""
+        one, other = (self._near(seed).products(self.strategy, v)[0] for seed in (3, 4))
+        return float((other - one).norm() / one.norm().clamp_min(1e-300))
+
+    def _near(self, seed: int) -> Examination:
+        generator = torch.Generator().manual_seed(seed)
+        near = {
+            name: p + p * torch.finfo(p.dtype).eps * _signs(p, generator)
+            for name, p in self.point.items()
+        }
+        return replace(self, point=near)
+
     def probe(self, seed: int) -> Tensor:
         """A normal column, shape (n, 1)."""
         generator = torch.Generator().manual_seed(seed)
@@ -65,9 +107,12 @@ class Examination:
         double = self.H.torch_dtype == torch.float64
         return v.to(self.H.device, torch.float64 if double else torch.float32)
 
-    def difference(self, v: Tensor) -> Difference:
+    def difference(self, v: Tensor) -> tuple[Tensor, float]:
+        """``H v`` by differences of gradients, (n, 1) in float64, and its relative uncertainty."""
         direction = {name: column[0] for name, column in self._columns(v).items()}
-        return difference(self.risk, self.terms, self.point, self.state, direction)
+        found = over_terms(self.risk, self.terms, self.point, self.state, direction)
+        pieces = [p.reshape(-1, 1).to(v.device) for p in found.product.values()]
+        return torch.cat(pieces), found.error
 
     def culprit(self, v: Tensor) -> str:
         place = self.terms, self.point, self.state
@@ -91,6 +136,10 @@ class Examination:
     @property
     def _eps(self) -> float:
         return rounding(self.point.values())
+
+
+def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
+    return (2 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
 
 
 def admitted(H: HessianOperator, batches: int | None) -> Examination:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["ok", "note", "wrong"]
+Level = Literal["ok", "note", "open", "wrong"]
+"""``"open"``: it was looked at and tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class CheckResult:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is wrong; notes do not count."""
-        return all(finding.level != "wrong" for finding in self.findings)
+        """Whether nothing is wrong and nothing is left open; notes do not count."""
+        return all(finding.level not in ("wrong", "open") for finding in self.findings)
 
     @property
     def verdict(self) -> str:
@@ -45,11 +46,14 @@ class CheckResult:
         wrong = [finding.what for finding in self.findings if finding.level == "wrong"]
         if wrong:
             return "do not trust this operator yet: " + ", ".join(wrong)
+        undecided = [finding.what for finding in self.findings if finding.level == "open"]
+        if undecided:
+            return "undecided, nothing wrong was found: " + ", ".join(undecided)
         notes = sum(finding.level == "note" for finding in self.findings)
         return "healthy" + (f", {notes} notes" if notes > 1 else ", one note" if notes else "")
 
     def __str__(self) -> str:
-        signs = {"ok": "  ok  ", "note": " note ", "wrong": "WRONG "}
+        signs = {"ok": "  ok  ", "note": " note ", "open": " open ", "wrong": "WRONG "}
         lines = [f"{signs[f.level]} {f.what}: {f.detail}" for f in self.findings]
         lines += [
             f"       {t.strategy}: {t.seconds * 1e3:.3g} ms a product, "

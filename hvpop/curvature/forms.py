@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from ..strategies import Params
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
 from .diagnosis import culprit
-from .space import multiplier, to_point
+from .space import multiplier, scale_of, to_point
 
 if TYPE_CHECKING:
     from .hessian import HessianOperator
@@ -32,7 +33,8 @@ def batch_forms(
 ) -> BatchForms:
     """``v' H_b v`` of the columns of ``V`` for the first batches, or all, none of them joined."""
     risk = risk if risk.mode == "batch" else risk.batchwise()
-    columns = to_point(V, A.layout, point)
+    scale = scale_of(V, point)
+    columns = to_point(V if scale is None else V / scale, A.layout, point)
     multiply = multiplier(columns)
 
     def one_pass() -> BatchForms:
@@ -49,12 +51,14 @@ def batch_forms(
             risk.average.normalized,
         )
 
-    with grad_enabled(), risk.policies:
+    with grad_enabled(), risk.at(point, state):
         found = settled(A.strategy, one_pass)
     if not found.values.isfinite().all():
         why = culprit(risk.terms(), point, state, A.strategy, columns)
         raise FloatingPointError(f"{A!r}: the forms of its batches are not finite; {why}")
-    return found
+    if scale is None:
+        return found
+    return replace(found, values=found.values * scale.double().square().cpu())
 
 
 def _forms(columns: Params, products: list[Tensor]) -> Tensor:

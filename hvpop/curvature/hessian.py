@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..exchange import guarded
 from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import SAMPLES, Average, EmpiricalRisk
@@ -26,7 +27,7 @@ from .diagnosis import culprit
 from .forms import batch_forms
 from .joining import LiveJoin
 from .linearized import LinearizedHessian
-from .space import WeightedSum, from_point, layout_of, multiplier, space_of, to_point
+from .space import WeightedSum, from_point, in_range, layout_of, multiplier, space_of, to_point
 from .tracing import Tracer
 
 
@@ -92,6 +93,11 @@ class HessianOperator(LinearOperator):
         cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None
     ) -> HessianOperator:
         """The Hessian of a risk that was made before."""
+        if not isinstance(risk, EmpiricalRisk):
+            raise TypeError(
+                f"from_risk takes an EmpiricalRisk, got {type(risk).__name__}; for a batch loss make one "
+                "with EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
+            )
         operator = cls.__new__(cls)
         operator._build(risk, strategy)
         return operator
@@ -171,7 +177,7 @@ class HessianOperator(LinearOperator):
         >>> HessianOperator(model, torch.nn.MSELoss(), data).check().verdict
         'healthy'
         """
-        return check(self, batches)
+        return guarded(lambda: check(self, batches))
 
     def _label(self) -> str:
         usual = repr(self.strategy) == "ReverseOverReverse()"
@@ -179,13 +185,13 @@ class HessianOperator(LinearOperator):
 
     def _apply(self, V: Tensor) -> Tensor:
         start = time.perf_counter()
-        Y = settled(self.strategy, lambda: self._product(V))
+        Y = guarded(lambda: settled(self.strategy, lambda: self._product(V)))
         self._count(V, start)
         return Y
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
         start = time.perf_counter()
-        forms = batch_forms(self, self._risk_as_it_is(), *self._live(), V, batches)
+        forms = guarded(lambda: batch_forms(self, self._risk_as_it_is(), *self._live(), V, batches))
         self._count(V, start)
         return forms
 
@@ -196,17 +202,22 @@ class HessianOperator(LinearOperator):
 
     def _product(self, V: Tensor) -> Tensor:
         point, state = self._live()
+        return in_range(lambda V: self._product_at(point, state, V), V, point)
+
+    def _product_at(self, point: Params, state: Params, V: Tensor) -> Tensor:
         columns = to_point(V, self.layout, point)
         multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
-        joined = self._join.terms(self._risk_as_it_is(), point, state)
-        with grad_enabled(), self.risk.policies, closing(joined) as terms:
+        risk = self._risk_as_it_is()
+        joined = self._join.terms(risk, point, state)
+        with grad_enabled(), risk.at(point, state), closing(joined) as terms:
             for term in terms:
                 # No name for the map: its graph is gone before the next batch's is built.
                 total.add(
                     multiply(self.strategy.linearize(term.function, point, state, *term.data)),
                     term.weight,
                 )
+        self.risk.refuse()
         Y = from_point(total.result(), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), point, state, self.strategy, columns)
@@ -215,9 +226,10 @@ class HessianOperator(LinearOperator):
 
     def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
         if id(self) not in done:
-            point, state = self._live()
-            done[id(self)] = LinearizedHessian(
-                self.risk, self.strategy, point, state, memory, self._tracer
+            done[id(self)] = guarded(
+                lambda: LinearizedHessian(
+                    self.risk, self.strategy, *self._live(), memory, self._tracer
+                )
             )
         return done[id(self)]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..exchange import guarded
 from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
@@ -24,15 +25,24 @@ from ..strategies import (
     Params,
     ReverseOverReverse,
 )
-from ..strategies.base import grad_enabled
+from ..strategies.base import grad_enabled, out_of_memory
 from ..strategies.fallback import settled
 from ..strategies.rounding import FLOAT32_TOLERANCE, agree, reordered
 from .diagnosis import culprit
 from .forms import batch_forms
 from .joining import random_direction, run_as_one, same
-from .memory import budget_in_bytes, graph_rounding, out_of_memory
+from .memory import budget_in_bytes, graph_rounding
 from .preparation import Preparation
-from .space import WeightedSum, columns_in, from_point, layout_of, multiplier, space_of, to_point
+from .space import (
+    WeightedSum,
+    columns_in,
+    from_point,
+    in_range,
+    layout_of,
+    multiplier,
+    space_of,
+    to_point,
+)
 from .tracing import TRACE_AFTER, Tracer, may_trace
 
 
@@ -109,7 +119,7 @@ class LinearizedHessian(LinearOperator):
         self.strategy = strategy
         self._tracer = tracer
         with torch.inference_mode(False):
-            self._point = {name: p.detach().clone() for name, p in point.items()}
+            self._point = {n: p.detach().clone().requires_grad_() for n, p in point.items()}
             self._state = {name: t.detach().clone() for name, t in state.items()}
         self._preparation: Preparation | None = None
         self._passes = self._products = 0
@@ -128,7 +138,7 @@ class LinearizedHessian(LinearOperator):
 
     def report(self) -> Report:
         """What is kept, and what the products have cost. Prepares if no product was made yet."""
-        prepared = self._prepared()
+        prepared = guarded(self._prepared)
         return Report(
             strategy=repr(self.strategy) + (", traced" if prepared.traced else ""),
             batches=prepared.batches,
@@ -142,21 +152,28 @@ class LinearizedHessian(LinearOperator):
         )
 
     def _apply(self, V: Tensor) -> Tensor:
+        return guarded(lambda: self._counted(V))
+
+    def _counted(self, V: Tensor) -> Tensor:
         self._trace_when_used(self._prepared())
         start = time.perf_counter()
-        columns = to_point(V, self.layout, self._point)
-        with grad_enabled(), self.risk.policies:
-            Y = from_point(settled(self.strategy, lambda: self._attempt(columns)), V)
-        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
-            found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
-            raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
+        Y = in_range(self._multiplied, V, self._point)
         self._products += V.shape[1]
         self._seconds += time.perf_counter() - start
         return Y
 
+    def _multiplied(self, V: Tensor) -> Tensor:
+        columns = to_point(V, self.layout, self._point)
+        with grad_enabled(), self.risk.at(self._point, self._state):
+            Y = from_point(settled(self.strategy, lambda: self._attempt(columns)), V)
+        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
+            found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
+            raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
+        return Y
+
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
         start = time.perf_counter()
-        forms = batch_forms(self, self.risk, self._point, self._state, V, batches)
+        forms = guarded(lambda: batch_forms(self, self.risk, self._point, self._state, V, batches))
         self._passes += 1
         self._products += V.shape[1]
         self._seconds += time.perf_counter() - start
@@ -168,7 +185,7 @@ class LinearizedHessian(LinearOperator):
             return
         if may_trace(self.strategy, self.risk):
             start = time.perf_counter()
-            with grad_enabled(), self.risk.policies:
+            with grad_enabled(), self.risk.at(self._point, self._state):
                 prepared.trace(self._tracer)
             self._seconds += time.perf_counter() - start
 
@@ -195,13 +212,14 @@ class LinearizedHessian(LinearOperator):
             total.add(multiply(part.map or prepared.linearized(part.term), width), part.term.weight)
         for term in prepared.rest():
             total.add(multiply(prepared.linearized(term), width), term.weight)
+        self.risk.refuse()
         self._passes += not prepared.complete
         return total.result()
 
     def _prepared(self) -> Preparation:
         if self._preparation is None:
             start = time.perf_counter()
-            with grad_enabled(), self.risk.policies:
+            with grad_enabled(), self.risk.at(self._point, self._state):
                 self._preparation = settled(self.strategy, self._prepare)
             self._passes += 1
             self._seconds += time.perf_counter() - start
@@ -219,7 +237,7 @@ class LinearizedHessian(LinearOperator):
         if joins:
             probe = random_direction(self._point, self.risk.seed)
             truth = self._truth(prepared, probe)
-            self.risk.refuse_unknown_divisors()
+            self.risk.refuse()
             if not truth or not all(bool(t.isfinite().all()) for t in truth):
                 joins = []  # nothing to compare with; the product will say why
         for join in joins:

@@ -11,6 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..exchange import SavedTensors
 from ..operators.base import Memory
 from ..strategies.rounding import rounding
 
@@ -59,13 +60,13 @@ def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
     """The memory that the autograd graph made by ``build()`` keeps beyond ``known`` tensors."""
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def look(tensor: Tensor) -> None:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            with suppress(RuntimeError):  # forward mode's zeros have no memory
+                saved[storage.data_ptr()] = storage.nbytes()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedTensors(look):
         build()
     for tensor in known:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
@@ -76,21 +77,11 @@ def graph_rounding(build: Callable[[], object]) -> float:
     """The eps of the least precise numbers in the graph made by ``build()``: autocast leaves such."""
     coarsest = 0.0
 
-    def pack(tensor: Tensor) -> Tensor:
+    def look(tensor: Tensor) -> None:
         nonlocal coarsest
         if tensor.is_floating_point():
             coarsest = max(coarsest, rounding([tensor]))
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedTensors(look):
         build()
     return coarsest
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on any device."""
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )

@@ -12,8 +12,9 @@ from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..risk.merging import concatenated, stacked
 from ..strategies import Compiled, HVPStrategy, LinearMap, Params
+from ..strategies.base import out_of_memory
 from .joining import LIVE_BYTES
-from .memory import bytes_of, graph_bytes, out_of_memory
+from .memory import bytes_of, graph_bytes
 
 Join = Callable[[Sequence[Term]], Term | None]
 
@@ -68,7 +69,7 @@ class Preparation:
         """The ways of running batches as one that are worth trying, in order."""
         if not self.complete or self._risk.mode == "full" or len(self.terms) < 2:
             return []
-        if not self._risk.plain and self._risk.is_random(self.terms[0]):
+        if self._risk.is_random(self.terms[0], self._point, self._state):
             return []  # each batch has random numbers of its own
         own_weights = self._risk.average.weight is None
         ways = [concatenated, stacked] if own_weights else [stacked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -84,6 +85,22 @@ def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     """The inverse of `to_point`, in the dtype and device of ``V``."""
     k = V.shape[1]
     return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1).T
+
+
+def in_range(product: Callable[[Tensor], Tensor], V: Tensor, point: Params) -> Tensor:
+    """``product(V)``, by columns of order one where a parameter's dtype could not hold them."""
+    scale = scale_of(V, point)
+    return product(V) if scale is None else product(V / scale) * scale
+
+
+def scale_of(V: Tensor, point: Params) -> Tensor | None:
+    """Powers of two ``(k,)`` as large as the columns, if some parameter is float16: it ends at 65504."""
+    if all(p.dtype is not torch.float16 for p in point.values()):
+        return None
+    largest = V.abs().amax(0)
+    usual = largest.isfinite() & (largest > 0)
+    exponent = torch.frexp(torch.where(usual, largest, 1.0)).exponent
+    return torch.ldexp(torch.ones_like(largest), exponent - 1)
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:

@@ -170,6 +170,16 @@ class Transposed(Composite):
         return self.parts[0]
 
 
+def require_operators(who: str, parts: tuple[LinearOperator, ...]) -> None:
+    """Refuse what is not of hvpop among the parts of something that a user builds by name."""
+    for part in parts:
+        if not isinstance(part, LinearOperator):
+            raise TypeError(
+                f"{who} expects operators of hvpop, got {type(part).__name__}; wrap a matrix in "
+                "hvpop.Dense(matrix), products in hvpop.FromFunction"
+            )
+
+
 def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:
     """``A @ B`` with scalars in front, so that ``c * A @ A`` is seen to be symmetric."""
     scale = 1.0

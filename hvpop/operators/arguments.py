@@ -6,7 +6,12 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 from .base import LinearOperator
+
+Seed = int | torch.Generator
+"""An integer, or a generator, from which an integer is drawn: equal ones give equal numbers."""
 
 
 def operator(who: str, A: Any) -> None:
@@ -39,6 +44,20 @@ def counts(who: str, least: int = 1, **given: Any) -> None:
             raise TypeError(f"{who} expects {name} as an integer, got {name}={count!r:.60}")
         if count < least:
             raise ValueError(f"{who} expects {name} >= {least}, got {name}={count}")
+
+
+def seed(who: str, given: Any) -> int:
+    """The seed as an integer; a generator is left one number further."""
+    if isinstance(given, torch.Generator):
+        drawn = torch.randint(2**63 - 1, (), generator=given, device=given.device)
+        return int(drawn)
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise TypeError(
+            f"{who} expects seed as an integer or a torch.Generator, got seed={given!r:.60}"
+        )
+    if not -(2**63) <= int(given) < 2**63:
+        raise ValueError(f"{who} expects a seed of at most 63 bits, got seed={given}")
+    return int(given)
 
 
 def positive(who: str, **given: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Number
+from numbers import Integral, Number
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,7 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         """``A x``: a product with a vector, a block, a scalar or another operator."""
         if isinstance(x, scipy.sparse.linalg.LinearOperator) or _is_scalar(x):
             return self * x
+        crossing.refuse_pieces(repr(self), x)
         ndim = x.ndim if isinstance(x, Tensor) else np.ndim(x)
         return self.matmat(x) if ndim == 2 else self.matvec(x)
 
@@ -197,8 +198,8 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         ValueError
             For a sum of several averages: which batch of one belongs to which of another is not known.
         """
-        if batches is not None and batches < 1:
-            raise ValueError(f"batch_forms expects batches > 0, got {batches}")
+        if batches is not None and (not isinstance(batches, Integral) or batches < 1):
+            raise ValueError(f"batch_forms expects an integer batches > 0, got {batches!r}")
         return crossing.forms(self, lambda V: self._batch_forms(V, batches), V)
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -288,6 +289,7 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     def __rmatmul__(self, other: Any) -> Any:
         if _is_scalar(other):
             raise ValueError(f"{other} @ {self!r}: use * to multiply by a scalar")
+        crossing.refuse_pieces(repr(self), other)
         left = other if hasattr(other, "ndim") else np.asarray(other)
         return self.rmatmat(left.T).T if left.ndim == 2 else self.rmatvec(left)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Identity(LinearOperator):
     def __init__(
         self, n: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> None:
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 0:
+            raise ValueError(
+                f"Identity expects its order, an integer >= 0, got {n!r:.60}; "
+                "Identity.like(A) takes it from an operator"
+            )
         super().__init__((n, n), dtype=dtype, device=device, symmetric=True)
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .algebra import Composite
+from .algebra import Composite, require_operators
 from .base import LinearOperator
 
 
@@ -27,6 +27,7 @@ class BlockDiagonal(Composite):
         parts = tuple(blocks)
         if not parts:
             raise ValueError("BlockDiagonal expects at least one block, got none")
+        require_operators("BlockDiagonal", parts)
         shape = (sum(part.shape[0] for part in parts), sum(part.shape[1] for part in parts))
         super().__init__(parts, shape, symmetric=all(part.symmetric for part in parts))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, ValuesView
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def multiply(
     if isinstance(x, Tensor):
         _check_shape(A, tuple(x.shape), n, columns)
         _check_kind(A, x)
-        return _product(A, hook, m, x.detach()).to(x.dtype).reshape(m, *x.shape[1:])
+        return _rounded(A, _product(A, hook, m, x.detach()), x.dtype).reshape(m, *x.shape[1:])
     array = _numbers(repr(A), x, kinds="biufc")
     _check_shape(A, array.shape, n, columns)
 
@@ -115,13 +115,25 @@ def _product(A: LinearOperator, hook: Callable[[Tensor], Tensor], m: int, x: Ten
         return torch.zeros(m, 0, dtype=working, device=A.device)
     with _full_precision(A.device):
         Y = hook(V.to(A.device, working))
-    if tuple(Y.shape) != (m, V.shape[1]):
-        expected, got = (m, V.shape[1]), tuple(Y.shape)
+    got = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
+    if got != (m, V.shape[1]):
+        expected = (m, V.shape[1])
         raise ValueError(f"{A!r}: its product must have shape {expected}, got {got}")
     Y = Y.detach().to(working)
     if Y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return Y.clone(memory_format=torch.contiguous_format)
     return Y.contiguous()
+
+
+def _rounded(A: LinearOperator, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in the dtype of the vector, unless that ends before it."""
+    rounded = Y.to(dtype)
+    if rounded is not Y and not rounded.isfinite().all() and Y.isfinite().all():
+        raise OverflowError(
+            f"{A!r}: the product reaches {Y.abs().max().item():.3g}, and {dtype} ends at "
+            f"{torch.finfo(dtype).max:g}; multiply a float32 vector, A @ x.float()"
+        )
+    return rounded
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -132,7 +144,20 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def refuse_pieces(who: str, values: Any) -> None:
+    """Refuse tensors by name or in a list, such as gradients, in place of one array."""
+    pieces = values.values() if isinstance(values, Mapping) else values
+    if isinstance(pieces, list | tuple | ValuesView) and any(
+        isinstance(piece, Tensor) and piece.ndim for piece in pieces
+    ):
+        raise TypeError(
+            f"{who} expects one array, got a {type(values).__name__} of {len(pieces)} tensors; those "
+            "of named parameters become one vector with layout.flatten(...) of their operator"
+        )
+
+
 def _numbers(who: str, values: Any, kinds: str) -> NDArrayAny:
+    refuse_pieces(who, values)
     if hasattr(values, "toarray"):
         got = type(values).__name__
         raise TypeError(f"{who} expects a dense array, got {got}; use its .toarray()")
@@ -144,8 +169,10 @@ def _numbers(who: str, values: Any, kinds: str) -> NDArrayAny:
 
 def _from_numpy(array: NDArrayAny, dtype: Any) -> Tensor:
     """The array as a tensor, copied only where torch cannot look at its memory."""
-    array = np.asarray(array, dtype=dtype, order="C")
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    array = np.require(array, dtype, ["C", "A"])
+    # NumPy calls an axis of one entry contiguous whatever its stride; torch looks at the stride.
+    plain = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+    return torch.from_numpy(array if plain and array.flags.writeable else array.copy())
 
 
 def _check_kind(A: LinearOperator, x: Tensor) -> None:

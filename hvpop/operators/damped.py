@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import crossing
-from .algebra import Composite
+from .algebra import Composite, require_operators
 from .base import LinearOperator
 from .crossing import NDArrayAny
 from .forms import BatchForms
+from .wording import nearest, some
 
 
 class Damped(Composite):
@@ -48,6 +49,7 @@ class Damped(Composite):
     def __init__(
         self, A: LinearOperator, damping: float | Tensor | NDArrayAny | Mapping[str, float] = 0.0
     ) -> None:
+        require_operators(type(self).__name__, (A,))
         if A.shape[0] != A.shape[1]:
             raise ValueError(f"{type(self).__name__} expects a square operator, got {A!r}")
         super().__init__((A,), A.shape, symmetric=A.symmetric)
@@ -103,11 +105,21 @@ def _by_name(A: LinearOperator, damping: Mapping[str, float]) -> Tensor:
     unknown = [p for p in damping if not any(fnmatchcase(name, p) for name in layout.names)]
     if unknown:
         raise ValueError(
-            f"Damped({A!r}): no parameter matches {', '.join(unknown)}; "
-            f"it has {', '.join(layout.names)}"
+            f"Damped({A!r}): no parameter matches {some(unknown)}; {nearest(unknown[0], layout.names)}"
         )
+    numbers = {pattern: _number(A, pattern, value) for pattern, value in damping.items()}
     entries = torch.zeros(layout.size, device=A.device, dtype=torch.float64)
     for name, place in layout.slices():
-        matches = (value for pattern, value in damping.items() if fnmatchcase(name, pattern))
+        matches = (value for pattern, value in numbers.items() if fnmatchcase(name, pattern))
         entries[place] = next(matches, 0.0)
     return entries
+
+
+def _number(A: LinearOperator, pattern: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"Damped({A!r}): expected one number for {pattern!r}, got {type(value).__name__}; "
+            "numbers by entry go together in one vector, layout.flatten(...)"
+        ) from None

@@ -30,7 +30,13 @@ class Restriction(LinearOperator):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.index = torch.as_tensor(index, dtype=torch.int64, device=device).clone()
+        given = torch.as_tensor(index)
+        if given.numel() and (given.dtype is torch.bool or given.is_floating_point()):
+            raise TypeError(
+                f"Restriction expects integers, got {given.dtype}; of a mask they are "
+                "mask.nonzero().squeeze(1)"
+            )
+        self.index = given.to(device, torch.int64, copy=True)
         if self.index.ndim != 1 or (
             self.index.numel() and not (0 <= int(self.index.min()) <= int(self.index.max()) < n)
         ):

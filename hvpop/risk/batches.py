@@ -6,9 +6,9 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -21,6 +21,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from ..exchange import Exchange
 from .fingerprint import sums
 from .randomness import private_rng
 
@@ -107,71 +108,113 @@ class Batches:
 
 
 def _checksum(batch: Any) -> str:
-    return " ".join(map(sums, tensors_in(batch)))
+    return " ".join(sums(leaf) for leaf in _leaves(batch, 0))
+
+
+DESCEND = object()
+"""What a function given to `mapped` answers for a container whose items it wants to see."""
+
+
+def mapped(function: Callable[[Any], Any], batch: Any) -> Any:
+    """The same structure with ``function(node)`` in the place of each node, from the top.
+
+    Goes, where that is `DESCEND`, through tuples, named tuples, lists, mappings and dataclasses.
+    """
+    replaced = function(batch)
+    if replaced is not DESCEND:
+        return replaced
+    if isinstance(batch, tuple):
+        items = [mapped(function, item) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if isinstance(batch, list):
+        return [mapped(function, item) for item in batch]
+    if isinstance(batch, dict):
+        return type(batch)((key, mapped(function, item)) for key, item in batch.items())
+    if isinstance(batch, Mapping):  # BatchEncoding and its like: keep the type, replace the items
+        mapped_batch: Any = copy.copy(batch)
+        for key, item in batch.items():
+            mapped_batch[key] = mapped(function, item)
+        return mapped_batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **{k: mapped(function, v) for k, v in fields.items()})
+    return batch
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """The same structure with ``function`` applied to each tensor in it.
 
-    Goes through tuples, named tuples, lists, mappings and dataclasses; other objects with a
-    ``.to(device)`` (graphs) are left to their owner. The batch sizes of a packed sequence stay as
-    they are: torch reads them on the CPU, wherever the sequence is.
+    Objects that `mapped` does not go through and that have a ``.to(device)`` (graphs) are left to
+    their owner. The batch sizes of a packed sequence stay as they are: torch reads them on the CPU,
+    wherever the sequence is.
     """
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, PackedSequence):
-        data, sizes, *orders = batch
-        return PackedSequence(
-            function(data), sizes, *(i if i is None else function(i) for i in orders)
-        )
-    if isinstance(batch, tuple):
-        mapped = [map_tensors(function, item) for item in batch]
-        return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
-    if isinstance(batch, list):
-        return [map_tensors(function, item) for item in batch]
-    if isinstance(batch, dict):
-        return type(batch)((key, map_tensors(function, item)) for key, item in batch.items())
-    if isinstance(batch, Mapping):  # BatchEncoding and its like: keep the type, replace the items
-        mapped_batch: Any = copy.copy(batch)
-        for key, item in batch.items():
-            mapped_batch[key] = map_tensors(function, item)
-        return mapped_batch
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(
-            batch, **{k: map_tensors(function, v) for k, v in fields.items()}
-        )
-    return batch
+
+    def replace(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return function(node)
+        if isinstance(node, PackedSequence):
+            data, sizes, *orders = node
+            moved = (i if i is None else function(i) for i in orders)
+            return PackedSequence(function(data), sizes, *moved)
+        return DESCEND
+
+    return mapped(replace, batch)
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
     """Every tensor of a nested batch that `map_tensors` would map, in order."""
-    found: list[Tensor] = []
+    return [leaf for leaf in _inside(batch) if isinstance(leaf, Tensor)]
+
+
+def arrays_in(batch: Any) -> list[Tensor | np.ndarray]:
+    """Every tensor and ndarray of a nested batch, in order."""
+    return [leaf for leaf in _inside(batch) if isinstance(leaf, Tensor | np.ndarray)]
+
+
+def _inside(batch: Any) -> list[Any]:
+    """What a nested batch holds that is no container, in order."""
+    found: list[Any] = []
     if isinstance(batch, Tensor):
         found.append(batch)
     elif isinstance(batch, PackedSequence):
         found += [t for t in (batch.data, *batch[2:]) if t is not None]
     elif isinstance(batch, tuple | list):
         for item in batch:
-            found += tensors_in(item)
+            found += _inside(item)
     elif isinstance(batch, Mapping):
         for item in batch.values():
-            found += tensors_in(item)
+            found += _inside(item)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
-            found += tensors_in(getattr(batch, field.name))
+            found += _inside(getattr(batch, field.name))
+    else:
+        found.append(batch)
     return found
 
 
-def version_of(batch: Any) -> int:
-    """A number that changes when a tensor of the batch is written to."""
-    return sum(0 if t.is_inference() else t._version for t in tensors_in(batch))
+def arrays_inside(batch: Any) -> list[Tensor | np.ndarray]:
+    """Every tensor and ndarray, those in objects of other libraries (graphs) too."""
+    return [leaf for leaf in _leaves(batch, 0) if isinstance(leaf, Tensor | np.ndarray)]
+
+
+def _leaves(batch: Any, depth: int) -> Iterator[Any]:
+    """What tells one batch from another."""
+    for leaf in _inside(batch):
+        if isinstance(leaf, Tensor | np.ndarray | bool | int | float | complex | str | bytes):
+            yield leaf
+        elif depth < 3 and hasattr(leaf, "__dict__") and not callable(leaf):
+            held = _leaves(list(vars(leaf).values()), depth + 1)
+            yield from (a for a in held if isinstance(a, Tensor | np.ndarray))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device`` and usable by autograd; nothing is copied needlessly."""
     if isinstance(batch, Tensor):
         return _ready(batch, device)
+    if type(batch) in (tuple, list) and all(
+        type(t) is Tensor and t.device == device and not t.is_inference() for t in batch
+    ):
+        return batch  # the usual case, at a third of the cost
     found = tensors_in(batch)
     if not found and hasattr(batch, "to"):
         return batch.to(device)
@@ -192,35 +235,32 @@ def usable(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-@contextmanager
-def _as_at_the_first_pass(loader: Any, seed: int) -> Iterator[None]:
+class _as_at_the_first_pass(Exchange):  # noqa: N801 (used like a function)
     """What a DataLoader and its samplers draw by (generators, an epoch) is alike at every pass.
 
     Whatever the user's own passes, between ours, make of it; put back afterwards.
     """
-    sampler = getattr(loader, "sampler", None)
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners: list[Any] = [
-        loader,
-        sampler,
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    ]
-    held = [getattr(owner, "generator", None) for owner in owners]
-    generators = {id(g): g for g in held if isinstance(g, torch.Generator)}.values()
-    states = [(g, g.get_state()) for g in generators]
-    epochs = [(o, o.epoch) for o in owners if hasattr(o, "set_epoch") and hasattr(o, "epoch")]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        for owner, _ in epochs:
-            owner.epoch = 0
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-        for owner, epoch in reversed(epochs):
-            owner.epoch = epoch
+
+    def __init__(self, loader: Any, seed: int) -> None:
+        super().__init__()
+        self._loader, self._seed = loader, seed
+
+    def _change(self) -> None:
+        batch_sampler = getattr(self._loader, "batch_sampler", None)
+        owners: list[Any] = [
+            self._loader,
+            getattr(self._loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        ]
+        held = [getattr(owner, "generator", None) for owner in owners]
+        for generator in {id(g): g for g in held if isinstance(g, torch.Generator)}.values():
+            self._noted(generator.set_state, generator.get_state())
+            generator.manual_seed(self._seed)
+        for owner in owners:
+            if hasattr(owner, "set_epoch") and hasattr(owner, "epoch"):
+                self._noted(setattr, owner, "epoch", owner.epoch)
+                owner.epoch = 0
 
 
 def _pass(data: Any) -> Iterable[Any]:

@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from ..interception import Table
 
 
-class DivisorWatch(TorchFunctionMode):
+class DivisorWatch:
     """Looks at the cross entropies that a loss of the user's calls.
 
     A function such as ``lambda z, y: F.cross_entropy(z, y, weight=w)`` divides by the class weights
     of its targets, or by the number of targets not ignored, but does not say so. Batches can then
-    not be weighted by their samples. One that takes the terms one by one, some of them ignored, may
-    divide by either number.
+    not be weighted by their samples.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.found: str | None = None
-        self.doubtful = self._warned = False
+        self.trusted = (
+            False  # whatever is found: the loss has been proven to be a mean over samples
+        )
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if self.found is None and (func is F.cross_entropy or func is F.nll_loss):
-            self.found, doubtful = _divisor(*args, **(kwargs or {}))
-            self.doubtful |= doubtful
-        return func(*args, **(kwargs or {}))
+    @property
+    def table(self) -> Table:
+        """For `hvpop.interception`."""
+        return {F.cross_entropy: self.look, F.nll_loss: self.look}
 
-    def refuse(self) -> None:
-        """Raise if batches cannot be weighted by samples; warn once if perhaps they cannot."""
-        if self.found is not None:
-            raise ValueError(
-                f"the loss divides by {self.found}, which differs from batch to batch and cannot be "
-                "told from outside; pass the loss as torch.nn.CrossEntropyLoss(...) or "
-                "functools.partial(F.cross_entropy, ...), or average=Average(weight=...) with a "
-                "function that returns the divisor of a batch"
-            )
-        if self.doubtful and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "the loss sums up a cross entropy of which some targets are ignored, and what it divides "
-                "by cannot be told from outside: batches are weighted by their samples, which is wrong "
-                "if it is the number of targets not ignored; then pass average=Average(weight=...) with "
-                "a function that returns that number",
-                stacklevel=2,
-            )
+    def look(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the arguments of a call."""
+        if self.found is None and not self.trusted:
+            self.found = _divisor(*args, **kwargs)
 
 
 def _divisor(
@@ -66,13 +44,11 @@ def _divisor(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> tuple[str | None, bool]:
-    """What it divides by, if not by its samples, and whether the caller may divide by such a number."""
-    if target.is_floating_point() or type(target) is not Tensor:
-        return None, False
-    if reduction == "mean" and weight is not None:
-        return "the class weights of its targets", False
+) -> str | None:
+    """What it divides by, if not by its samples."""
+    if target.is_floating_point() or type(target) is not Tensor or reduction != "mean":
+        return None
+    if weight is not None:
+        return "the class weights of its targets"
     ignored = bool((target == ignore_index).any())
-    if reduction != "mean":
-        return None, ignored
-    return "the number of targets not ignored" if ignored else None, False
+    return "the number of targets not ignored" if ignored else None

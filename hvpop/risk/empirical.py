@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from math import isfinite
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
-from .batches import Batches, to_device, usable, version_of
-from .divisors import DivisorWatch
+from .batches import Batches, to_device, usable
 from .fingerprint import Fingerprint
-from .formulas.recurrent import without_cudnn
-from .losses import BatchLoss, Loss, device_of, knows_divisor, samples_in, scalar, supervised
-from .modules import ONE_THREAD, Inventory, Selection, kept, unwrapped
-from .plain import CONVOLUTION_LAYERS, is_plain
-from .policies import TwiceDifferentiable
-from .randomness import Seeded, SeededThroughout, checked_seed, seed_tensor, torch_states
-from .rewrites import Rewrites
-from .settings import settings_of
-from .strays import Substitution, leaves_of, reaches_past
+from .function import Description, LossFunction, Tensors, Total
+from .losses import BatchLoss, Loss, device_of, supervised
+from .modules import Inventory, Selection, kept, unwrapped
+from .randomness import checked_seed, seed_tensor
+from .weighing import Place, Weigher
 
 Mode = Literal["batch", "full"]
 
@@ -118,8 +111,6 @@ class EmpiricalRisk:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not callable(batch_loss):
-            raise TypeError(f"batch_loss must be callable, got {type(batch_loss).__name__}")
         if mode not in ("batch", "full"):
             raise ValueError(f"mode must be 'batch' or 'full', got {mode!r}")
         if not isinstance(average, Average):
@@ -135,36 +126,30 @@ class EmpiricalRisk:
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0
-        self._known: dict[int, tuple[Any, int, float]] = {}
-        self._rewrites = Rewrites()
-        by_samples = average.weight is None and not knows_divisor(batch_loss)
-        self._watch = DivisorWatch() if by_samples else None
-        self._plain = False
-        self._convolves = False
-        self._has_strays: bool | None = None  # not known before the first evaluation
-        self._draws_beside_torch: bool | None = None  # likewise
-        self._policies = TwiceDifferentiable()
+        self._weigher = Weigher(average, batch_loss)
+        self.function = LossFunction(self._roots, batch_loss, self._weigher)
         self._frozen: tuple[object, EmpiricalRisk] | None = None
-        self._inventory = Inventory(self._roots)
+        self._live = True
+        self._chosen: Tensors = {}
 
     # -- the point --------------------------------------------------------------------------------
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> Tensors:
         """The live parameters that count, by name, in the model's order; tied ones once."""
-        with ONE_THREAD:
-            self._inventory = Inventory(self._roots)
-        loss = getattr(self.batch_loss, "loss", None)
-        layers = [m for m in self._inventory.modules if m is not loss]
-        self._plain = is_plain(layers, loss)
-        self._convolves = self._plain and any(isinstance(m, CONVOLUTION_LAYERS) for m in layers)
+        if self._live:
+            self.function.look()
         self._chosen = self._inventory.trainable(self._selection)
         return self._chosen
+
+    @property
+    def _inventory(self) -> Inventory:
+        return self.function.now.inventory
 
     def names(self) -> list[str]:
         """The names of all parameters, those that do not count included."""
         return list(self._inventory.parameters)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """The live tensors that a loss depends on beside `parameters`: buffers, frozen parameters.
 
         Of the moment when `parameters` was called.
@@ -183,162 +168,61 @@ class EmpiricalRisk:
         parts = list(batches)
         weights = tuple(part.weight for part in parts)
         data = (weights, [part.data for part in parts])
-        yield Term(self.total, data, sum(weights), "all the data")
-        if len(parts) > 1:
-            self.refuse_unknown_divisors()
+        yield Term(Total(self.function), data, sum(weights), "all the data")
+        self.refuse()
 
     def _batches(self) -> Generator[Term, None, None]:
-        device = device_of(self._inventory.parameters)
-        i = counted = 0
-        for i, batch in enumerate(self._data):
-            if i > 0:
-                self.refuse_unknown_divisors()
-            moved, weight = self._ready(i, batch, device)
+        counted = 0
+        weighed = self._weigher.weighed(self._read(), self.model, self._place)
+        for i, (batch, weight) in enumerate(weighed):
             if weight > 0:  # a mean over nothing (all targets ignored) is not a number
                 counted += 1
-                yield Term(self.loss, (moved, seed_tensor(self.seed + i)), weight, f"batch {i}")
-        if i > 0:
-            self.refuse_unknown_divisors()
+                yield Term(self.loss, (batch, seed_tensor(self.seed + i)), weight, f"batch {i}")
         if counted == 0:
             raise ValueError("all batches have weight 0, so there is nothing to average")
 
-    def _ready(self, i: int, batch: Any, device: torch.device) -> tuple[Any, float]:
-        """A batch on the device, and its weight; known already if it has stayed where it is."""
-        if not self._data.in_memory:
+    def _read(self) -> Generator[tuple[Any, Any], None, None]:
+        """Each batch as the user holds it, if so, and as it is on the device."""
+        device = device_of(self._inventory.parameters)
+        for batch in self._data:
             moved = to_device(batch, device)
-            return moved, self._weight(moved)
-        known, version, weight = self._known.get(i, (None, 0, 0.0))
-        if known is batch and version == version_of(batch):
-            return batch, weight
-        moved = to_device(batch, device)
-        weight = self._weight(moved)
-        if moved is batch:
-            self._known[i] = (batch, version_of(batch), weight)
-        else:
-            self._moved += 1
-        return moved, weight
+            self._moved += moved is not batch
+            yield batch if self._data.in_memory else None, moved
 
-    def refuse_unknown_divisors(self) -> None:
-        """Raise if evaluations so far have shown that batches are not weighted right."""
-        if self._watch is not None:
-            self._watch.refuse()
+    def _place(self) -> Place:
+        seed = seed_tensor(self.seed)
+        return Place(self.loss, self._chosen, self.state(), seed, self._inventory.modules)
 
-    def loss(
-        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
-    ) -> Tensor:
-        """The loss of one batch at ``params``: a 0-dim tensor. The model is as before afterwards."""
-        if self._plain:
-            live = self._inventory.parameters
-            in_place = not state and all(live.get(n) is p for n, p in params.items())
-            with (
-                nullcontext() if in_place else self._inventory.holding(state | params),
-                self._rewrites if self._convolves else nullcontext(),
-            ):
-                return scalar(self.batch_loss(self.model, batch))
-        value = self._evaluated(params, state, batch, seed)
-        if self._has_strays is None:
-            live = self._inventory.parameters
-            replaced = {n: live[n] for n, p in params.items() if n in live and live[n] is not p}
-            if replaced:
-                self._has_strays = reaches_past(value, replaced)
-                if self._has_strays:
-                    return self._evaluated(params, state, batch, seed)
-        return value
+    def refuse(self) -> None:
+        """Raise if evaluations so far have shown that the average is not what it should be."""
+        self._weigher.refuse()
+        self._weigher.refuse_constants()
 
-    def _evaluated(
-        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
-    ) -> Tensor:
-        buffers = self._inventory.buffers
-        held = {n: t.clone() if n in buffers else t for n, t in state.items()} | params
-        randomness = self._randomness(seed)
-        with ExitStack() as contexts:
-            contexts.enter_context(self._policies)
-            contexts.enter_context(self._inventory.holding(held))
-            contexts.enter_context(randomness)
-            contexts.enter_context(self._rewrites)
-            if self._watch is not None:
-                contexts.enter_context(self._watch)
-            if self._has_strays:
-                contexts.enter_context(Substitution(self._inventory.parameters, held))
-            value = scalar(self.batch_loss(self.model, batch))
-        if isinstance(randomness, SeededThroughout):
-            self._draws_beside_torch = randomness.needed
-        return value
-
-    def _randomness(self, seed: Tensor | None) -> Seeded:
-        if self._draws_beside_torch is False:
-            return Seeded(seed)
-        return SeededThroughout(seed, self._inventory.modules)
-
-    def total(
-        self,
-        params: dict[str, Tensor],
-        state: dict[str, Tensor],
-        weights: tuple[float, ...],
-        data: list[tuple[Any, Tensor]],
-    ) -> Tensor:
-        """The weighted mean of the batch losses, as one function."""
-        losses = (
-            w * self.loss(params, state, *batch) for w, batch in zip(weights, data, strict=True)
-        )
-        return torch.stack(list(losses)).sum() / sum(weights)
-
-    def _weight(self, batch: Any) -> float:
-        if self.average.weight is not None:
-            weight = float(self.average.weight(batch))
-        elif hasattr(self.batch_loss, "weight"):
-            weight = float(self.batch_loss.weight(self.model, batch))
-        else:
-            weight = samples_in(batch)
-        if not (weight >= 0 and isfinite(weight)):
-            raise ValueError(
-                f"a batch has weight {weight}; weights must be finite non-negative numbers"
-            )
-        return weight
+    @property
+    def loss(self) -> LossFunction:
+        """The loss of one batch, a function of parameters, state, batch and seed."""
+        return self.function
 
     @property
     def in_memory(self) -> bool:
         """Whether the user holds all batches anyway, where they are needed."""
         return self._data.in_memory and self._moved == 0
 
-    @property
-    def policies(self) -> AbstractContextManager[object]:
-        """The context of a whole product, in which its evaluations find what they need."""
-        return ONE_THREAD if self._plain else self._policies
+    def at(self, params: Tensors, state: Tensors) -> AbstractContextManager[None]:
+        """The context of a whole product at a point, in which each evaluation finds what it needs."""
+        return self.function.place(params, state)
 
     @property
     def plain(self) -> bool:
         """Whether model and loss are made of ordinary parts only, which need no policies."""
-        return self._plain
+        return self.function.now.plain
 
-    def gradient(
-        self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, seed: Tensor | None
-    ) -> dict[str, Tensor]:
+    def gradient(self, params: Tensors, state: Tensors, batch: Any, seed: Tensor | None) -> Tensors:
         """The gradient of one batch as a training step has it: a plain ``backward()``, no rewrites.
 
         A reference for checks; zeros for parameters that get none.
         """
-        leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-        buffers = self._inventory.buffers
-        held = {n: t.clone() if n in buffers else t for n, t in state.items()} | leaves
-        with ExitStack() as contexts:
-            contexts.enter_context(self._inventory.holding(held))
-            contexts.enter_context(self._randomness(seed))
-            if self._inventory.recurrent:  # cuDNN has no derivative of these in eval mode
-                contexts.enter_context(without_cudnn())
-            if self._has_strays:
-                contexts.enter_context(Substitution(self._inventory.parameters, held))
-            loss = scalar(self.batch_loss(self.model, batch))
-            others = [t for t in leaves_of(loss) if not any(t is leaf for leaf in leaves.values())]
-            kept = [(t, t.grad) for t in others]  # what a loss closes over gets gradients, too
-            try:
-                for t in others:
-                    t.grad = None
-                loss.backward()
-            finally:
-                for t, grad in kept:
-                    t.grad = grad
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+        return self.function.gradient(params, state, batch, seed)
 
     def batchwise(self) -> EmpiricalRisk:
         """The same risk in batch mode."""
@@ -354,43 +238,40 @@ class EmpiricalRisk:
         risk._selection = [name for name in chosen if name in wanted]
         return risk
 
-    def is_random(self, term: Term) -> bool:
-        """Whether a batch's loss draws random numbers (dropout, sampling): one forward pass."""
-        batch, seed = term.data
-        live = self.parameters(), self.state()
-        point, state = ({n: usable(t) for n, t in tensors.items()} for tensors in live)
-        if self._draws_beside_torch is None:
-            self.loss(point, state, batch, seed)
-        if self._draws_beside_torch:
-            return True
-        with Seeded(seed):
-            before = torch_states()
-            self.loss(point, state, batch, None)
-            return not all(map(torch.equal, before, torch_states()))
+    def is_random(
+        self, term: Term, point: Tensors | None = None, state: Tensors | None = None
+    ) -> bool:
+        """Whether a batch's loss draws random numbers (dropout, sampling): one forward pass.
+
+        At the live parameters, if no others are given.
+        """
+        point = self.parameters() if point is None else point
+        state = self.state() if state is None else state
+        usable_point, usable_state = ({n: usable(t) for n, t in d.items()} for d in (point, state))
+        return self.function.draws(usable_point, usable_state, *term.data)
 
     # -- freezing ---------------------------------------------------------------------------------
 
-    def fingerprint(self) -> Fingerprint:
+    def fingerprint(self) -> tuple[Fingerprint, Any]:
         """What tells whether a matrix made now is still that of the live model."""
-        with ONE_THREAD:
-            inventory = Inventory(self._roots)
-        return Fingerprint.of(inventory.parameters | inventory.buffers)
+        now = Description(self._roots, self.batch_loss)
+        tensors = now.inventory.parameters | now.inventory.buffers
+        return Fingerprint.of(tensors), now.settings()
 
     def frozen(self) -> EmpiricalRisk:
-        """The same functions with every module in train or eval mode as it is now.
+        """The same functions with every setting of model and loss as it is now.
 
-        The same object as long as modules and loss are what they were, so that what strategies know
-        of its functions (traces) serves again after a training step.
+        The same object as long as these are what they were, so that what strategies know of its
+        functions (traces) serves again after a training step.
         """
-        self.parameters()
-        modules = self._inventory.modules
-        settings = [*(settings_of(m, 1) for m in modules), settings_of(self.batch_loss, 4)]
+        now = self.function.look() if self._live else self.function.now
+        settings = now.settings()
         if self._frozen is None or self._frozen[0] != settings:
             frozen = self._copy()
-            modes = [(module, module.training) for module in modules]
-            frozen._policies = TwiceDifferentiable(modes)
+            frozen.function, frozen._live = self.function.frozen(now), False
             self._frozen = settings, frozen
         frozen = self._frozen[1]
+        frozen.function.now = now
         frozen.parameters()
         return frozen
 

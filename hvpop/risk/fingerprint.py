@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,9 +36,16 @@ class Fingerprint:
         return cls(places, tuple(found))
 
 
-def sums(tensor: Tensor) -> str:
-    """The sums of squares and of entries times their positions, as text."""
-    tensor = tensor.detach()
+def sums(thing: Any) -> str:
+    """The sums of squares and of entries times their positions, as text; of no array, the thing."""
+    if isinstance(thing, np.ndarray):
+        if thing.dtype.kind not in "biufc":  # names, dates, objects
+            return repr(thing.tolist())
+        wide = np.complex128 if thing.dtype.kind == "c" else np.float64
+        thing = torch.from_numpy(thing.astype(wide))
+    if not isinstance(thing, Tensor):
+        return repr(thing)
+    tensor = thing.detach()
     dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
     entries = (torch.view_as_real(dense) if dense.is_complex() else dense).reshape(-1)
     size = min(len(entries), _CHUNK)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from .batches import tensors_in
+from .batches import arrays_in
 from .normalisers import Normaliser, normaliser_of
+from .samples import samples_in
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(outputs, targets)`` -> scalar."""
@@ -46,42 +46,60 @@ class supervised:  # noqa: N801 (used like a function)
     def __init__(self, loss: Loss, *, targets: str = "labels") -> None:
         if not callable(loss) or isinstance(loss, type):
             got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-            raise TypeError(f"loss must be callable as loss(outputs, targets), got {got}")
+            way = f"; pass an object: {loss.__name__}()" if isinstance(loss, type) else ""
+            raise TypeError(f"loss must be callable as loss(outputs, targets), got {got}{way}")
+        if isinstance(loss, supervised | autoencoder | hugging_face):
+            raise TypeError(
+                f"loss must be callable as loss(outputs, targets), got a {type(loss).__name__}, which takes "
+                f"(model, batch); use {_FROM_BATCH_LOSS} and HessianOperator.from_risk(risk)"
+            )
         self.loss = loss
         self.targets = targets
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = self._split(batch)
-        if isinstance(inputs, Mapping):
-            return self.loss(model(**inputs), targets)
-        if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):
-            return self.loss(model(*inputs), targets)
-        return self.loss(model(inputs), targets)
+        try:
+            if isinstance(inputs, Mapping):
+                return self.loss(model(**inputs), targets)
+            if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):
+                return self.loss(model(*inputs), targets)
+            return self.loss(model(inputs), targets)
+        except Exception as error:
+            if advice := _advice(error, targets):
+                raise type(error)(f"{error}; {advice}") from error
+            raise
 
-    @cached_property
+    @property
     def normaliser(self) -> Normaliser | None:
-        """How the loss says that it normalises."""
+        """How the loss says that it normalises, as it is set now."""
         return normaliser_of(self.loss)
 
     def weight(self, model: nn.Module, batch: Any) -> float:
         """What the loss divides by, or the number of samples if that cannot be told."""
+        return self._weight(self.normaliser, batch)
+
+    def _weight(self, normaliser: Normaliser | None, batch: Any) -> float:
+        if normaliser and type(batch) in (tuple, list) and batch and type(batch[-1]) is Tensor:
+            return normaliser(batch[-1])  # the usual case, sooner
         inputs, targets = self._split(batch)
-        if self.normaliser is not None and isinstance(targets, Tensor):
-            return self.normaliser(targets)
-        return samples_in(targets if any(t.ndim for t in tensors_in(targets)) else inputs)
+        if normaliser and isinstance(targets, Tensor):
+            return normaliser(targets)
+        telling = targets if any(a.ndim for a in arrays_in(targets)) else inputs
+        return samples_in((inputs, targets), telling)
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, Mapping):
             if self.targets not in batch:
                 raise ValueError(
                     f"a batch is a mapping without {self.targets!r} (it has {', '.join(map(str, batch))}); "
-                    "name its targets with hvpop.risk.supervised(loss, targets=...)"
+                    "name its targets with hvpop.risk.supervised(loss, targets=...), or, for a model that "
+                    f"computes its own loss, use {_FROM_BATCH_LOSS}"
                 )
             return {k: v for k, v in batch.items() if k != self.targets}, batch[self.targets]
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise ValueError(
                 f"a batch must be (inputs, targets), got {type(batch).__name__}; for other batches use "
-                "EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
+                f"{_FROM_BATCH_LOSS}"
             )
         *inputs, targets = batch
         return (inputs[0] if len(inputs) == 1 else inputs), targets
@@ -127,9 +145,8 @@ class hugging_face:  # noqa: N801
             return samples_in(batch)
         if labels.is_floating_point():
             return float(labels.numel())
-        if labels.ndim > 1 and _predicts_next_tokens(model):
-            labels = labels[..., 1:]
-        return float((labels != -100).sum())
+        shifted = labels.ndim > 1 and _predicts_next_tokens(model)
+        return _counted(labels[..., 1:] if shifted else labels)
 
 
 def _predicts_next_tokens(model: nn.Module) -> bool:
@@ -140,26 +157,94 @@ def _predicts_next_tokens(model: nn.Module) -> bool:
     return causal or type(model).__name__.endswith("LMHeadModel")
 
 
-def knows_divisor(batch_loss: BatchLoss) -> bool:
-    """Whether a batch loss can tell what it divides by."""
+def _counted(labels: Tensor) -> float:
+    return float((labels != -100).sum())
+
+
+def _labels(model: nn.Module, batch: Any) -> float:
+    labels = batch.get("labels")
+    return _counted(labels) if isinstance(labels, Tensor) else 0.0
+
+
+def _next_labels(model: nn.Module, batch: Any) -> float:
+    labels = batch.get("labels")
+    return _counted(labels[..., 1:]) if isinstance(labels, Tensor) and labels.ndim > 1 else 0.0
+
+
+def _answers(model: nn.Module, batch: Any) -> float:
+    """The answers that are not cut off: heads for question answering ignore those beyond the text."""
+    starts, ids = batch.get("start_positions"), batch.get("input_ids")
+    if not isinstance(starts, Tensor) or not isinstance(ids, Tensor):
+        return 0.0
+    return float((starts < ids.shape[1]).sum())
+
+
+def _samples(model: nn.Module, batch: Any) -> float:
+    return samples_in(batch)
+
+
+def rule_of(batch_loss: BatchLoss, model: nn.Module) -> Callable[[Any], float] | None:
+    """How a batch loss, as it is set now, weighs a batch; None if it does not say."""
     if isinstance(batch_loss, autoencoder):
-        batch_loss = batch_loss._supervised
+        rule = rule_of(batch_loss._supervised, model)
+        return rule and (lambda batch: rule(batch_loss._pair(batch)))
     if isinstance(batch_loss, supervised):
-        return batch_loss.normaliser is not None
-    return hasattr(batch_loss, "weight")
+        normaliser = batch_loss.normaliser
+        return normaliser and (lambda batch: batch_loss._weight(normaliser, batch))
+    if isinstance(batch_loss, hugging_face):
+        return None  # the heads of models differ
+    weight = getattr(batch_loss, "weight", None)
+    return weight and (lambda batch: weight(model, batch))
 
 
-def samples_in(batch: Any) -> float:
-    """The number of samples of a batch: the length of its first tensor."""
-    for tensor in tensors_in(batch):
-        if tensor.ndim > 0:
-            return float(tensor.shape[0])
-    if hasattr(batch, "__len__") and not isinstance(batch, Tensor):
-        return float(len(batch))
-    raise ValueError(
-        f"cannot tell how many samples a {type(batch).__name__} holds; "
-        "pass average=Average(weight=...) with a function of the batch, or BATCHES or TOTAL"
-    )
+def guesses_of(batch_loss: BatchLoss) -> list[Callable[[nn.Module, Any], float]] | None:
+    """What a batch loss may divide by, the likeliest first; None if it is a number of samples."""
+    if not isinstance(batch_loss, hugging_face):
+        return None
+    return [batch_loss.weight, _labels, _next_labels, _answers, _samples]
+
+
+def weight_of(batch_loss: BatchLoss, model: nn.Module, batch: Any) -> float:
+    """How much a batch counts as long as nothing is proven."""
+    weight = getattr(batch_loss, "weight", None)
+    return samples_in(batch) if weight is None else float(weight(model, batch))
+
+
+def checked_batch_loss(batch_loss: Any) -> BatchLoss:
+    """A batch loss, or an error that says why it is none."""
+    if isinstance(batch_loss, type):
+        raise TypeError(
+            f"batch_loss must be callable as batch_loss(model, batch), got the class "
+            f"{batch_loss.__name__}; pass an object: {batch_loss.__name__}()"
+        )
+    if not callable(batch_loss):
+        raise TypeError(f"batch_loss must be callable, got {type(batch_loss).__name__}")
+    if isinstance(batch_loss, nn.modules.loss._Loss):
+        raise TypeError(
+            f"batch_loss must be callable as batch_loss(model, batch), got {type(batch_loss).__name__}, "
+            "which takes (outputs, targets); use EmpiricalRisk(model, loss, data)"
+        )
+    return batch_loss  # type: ignore[no-any-return]
+
+
+def _advice(error: Exception, targets: Any) -> str | None:
+    """What to do about an error of a loss, where what was passed explains it."""
+    if isinstance(error, TypeError) and "not callable" in str(error):
+        return (
+            "a loss is called as loss(outputs, targets); "
+            f"for one that takes (model, batch) use {_FROM_BATCH_LOSS}"
+        )
+    if type(error) in (TypeError, ValueError, RuntimeError, IndexError) and not getattr(
+        targets, "shape", isinstance(targets, list | tuple | Mapping | str)
+    ):
+        return (
+            "the target is a single number: if the data are single samples, put them into batches, "
+            "e.g. DataLoader(data, batch_size=64)"
+        )
+    return None
+
+
+_FROM_BATCH_LOSS = "EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
 
 
 def scalar(value: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .empirical import Term
+from .function import LossFunction
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -52,7 +54,7 @@ def merged_weights(terms: Sequence[Term]) -> Tensor:
 class OverBatches:
     """The weighted mean of a function over a leading dimension of its data."""
 
-    function: Callable[..., Tensor]
+    function: LossFunction
 
     def __call__(
         self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, weights: Tensor
@@ -62,6 +64,19 @@ class OverBatches:
         losses: Tensor = over_batches(params, state, batch, None)
         weights = weights.to(losses.dtype)
         return (weights * losses).sum() / weights.sum()
+
+    def at(
+        self, params: dict[str, Tensor], state: dict[str, Tensor], *data: Any
+    ) -> AbstractContextManager[None]:
+        return self.function.at(params, state)
+
+    @property
+    def hooked(self) -> bool:
+        return self.function.hooked
+
+    @property
+    def plain(self) -> bool:
+        return self.function.plain
 
 
 def _merged(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-ONE_THREAD = threading.RLock()
-"""Held while a model is not as its user knows it."""
+from ..exchange import ONE_THREAD, Exchange
+from .settings import Snapshot, differ
 
 Selection = Any
 """``params=``: None, a name, a glob, a module, a parameter, a predicate ``(name, parameter) -> bool``,
@@ -48,13 +47,14 @@ class Inventory:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self._roots = roots
-        self._slots: list[tuple[MutableMapping[str, Any], str, str]] = []
+        self.slots: list[tuple[MutableMapping[str, Any], str, str]] = []
         self.recurrent: list[nn.RNNBase] = []
         self.modules: list[nn.Module] = []
         seen: dict[int, str] = {}
-        for root, module in roots.items():
-            for path, child in module.named_modules(prefix=root):
-                self._add(path, child, seen)
+        with ONE_THREAD:  # else another one's parameters may be in the places of the user's
+            for root, module in roots.items():
+                for path, child in module.named_modules(prefix=root):
+                    self._add(path, child, seen)
 
     def _add(self, path: str, module: nn.Module, seen: dict[int, str]) -> None:
         self.modules.append(module)
@@ -72,7 +72,7 @@ class Inventory:
                 full = f"{path}.{key}" if path else key
                 name = seen.setdefault(id(tensor), full)
                 kind.setdefault(name, tensor)
-                self._slots.append((slots, key, name))
+                self.slots.append((slots, key, name))
 
     def trainable(self, selection: Selection = None) -> dict[str, Tensor]:
         """The parameters that require a gradient and are selected, in the model's order."""
@@ -89,8 +89,10 @@ class Inventory:
         chosen = {n: p for n, p in trainable.items() if any(test(n, p) for test in wanted)}
         for item, test in zip(items, wanted, strict=True):
             if not any(test(n, p) for n, p in trainable.items()):
+                inside = isinstance(item, str) and any(n.startswith(f"{item}.") for n in trainable)
+                meant = f"did you mean {item + '.*'!r}? " if inside else ""
                 raise ValueError(
-                    f"params={_shown(item)} matches no trainable parameter; "
+                    f"params={_shown(item)} matches no trainable parameter; {meant}"
                     f"there are {', '.join(trainable)}"
                 )
         if not chosen:
@@ -124,56 +126,65 @@ class Inventory:
                     names.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
         return names
 
-    def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """``tensors`` in the places of the parameters and buffers of their names, for a while."""
-        return _Holding(self._slots, self.recurrent, self.modules, tensors)
+    def holding(
+        self, tensors: Mapping[str, Tensor], snapshot: Snapshot | None = None
+    ) -> AbstractContextManager[None]:
+        """``tensors`` in the places of the parameters and buffers of their names, for a while.
+
+        And settings as they were when the ``snapshot`` was taken, if there is one.
+        """
+        return _Holding(self, tensors, snapshot)
 
 
-class _Holding(AbstractContextManager[None]):
+class _Holding(Exchange):
     def __init__(
-        self,
-        slots: list[tuple[MutableMapping[str, Any], str, str]],
-        recurrent: list[nn.RNNBase],
-        modules: list[nn.Module],
-        tensors: Mapping[str, Tensor],
+        self, inventory: Inventory, tensors: Mapping[str, Tensor], snapshot: Snapshot | None
     ) -> None:
-        self._slots, self._recurrent, self._modules = slots, recurrent, modules
-        self._tensors = tensors
+        super().__init__()
+        self._inventory, self._tensors, self._snapshot = inventory, tensors, snapshot
 
-    def __enter__(self) -> None:
-        ONE_THREAD.acquire()
-        try:
-            self._put()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def _put(self) -> None:
-        # What a forward pass leaves in a module (computed weights, activations) is undone too.
-        self._replaced: list[tuple[MutableMapping[str, Any], str, Any]] = []
-        self._attributes = [(m.__dict__, m.__dict__.copy()) for m in self._modules]
-        self._buffers = [(m._buffers, len(m._buffers)) for m in self._modules]
+    def _change(self) -> None:
         tensors = self._tensors
-        for slots, key, name in self._slots:
-            if name in tensors and slots[key] is not tensors[name]:
-                self._replaced.append((slots, key, slots[key]))
-                slots[key] = tensors[name]
-        for module in self._recurrent:  # these keep a list of their weights beside the slots
+        # What a forward pass leaves in a module (computed weights, activations) is undone too.
+        attributes = [(m.__dict__, m.__dict__.copy()) for m in self._inventory.modules]
+        buffers = [(m._buffers, len(m._buffers)) for m in self._inventory.modules]
+        replaced = [
+            (slots, key, slots[key], tensors[name])
+            for slots, key, name in self._inventory.slots
+            if name in tensors and slots[key] is not tensors[name]
+        ]
+        settings = [] if self._snapshot is None else self._snapshot.changed()
+        modes = [] if self._snapshot is None else self._snapshot.changed_modes()
+        attributes += [(held, held.copy()) for held, _ in settings]
+        self._noted(_restore, replaced, buffers, attributes)
+        for module, now, before in modes:
+            self._noted(setattr, module, "training", now)
+            module.training = before
+        for held, kept in settings:
+            held.clear()
+            held.update(kept)
+        for slots, key, _, tensor in replaced:
+            slots[key] = tensor
+        for module in self._inventory.recurrent:  # they keep a list of weights beside the slots
             names = module._flat_weights_names
             module._flat_weights = [getattr(module, name, None) for name in names]
 
-    def __exit__(self, *exception: object) -> None:
-        for slots, key, tensor in reversed(self._replaced):
-            slots[key] = tensor
-        for buffers, count in self._buffers:
-            if len(buffers) > count:
-                for name in list(buffers)[count:]:  # made in the forward pass
-                    del buffers[name]
-        for now, before in self._attributes:
-            if _differs(now, before):
-                now.clear()
-                now.update(before)
-        ONE_THREAD.release()
+
+def _restore(
+    replaced: list[tuple[MutableMapping[str, Any], str, Any, Any]],
+    buffers: list[tuple[dict[str, Any], int]],
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    for slots, key, tensor, _ in reversed(replaced):
+        slots[key] = tensor
+    for held, count in buffers:
+        if len(held) > count:
+            for name in list(held)[count:]:  # made in the forward pass
+                del held[name]
+    for now, before in reversed(attributes):
+        if differ(now, before):
+            now.clear()
+            now.update(before)
 
 
 class _ScriptSlots(MutableMapping[str, Any]):
@@ -200,13 +211,6 @@ class _ScriptSlots(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         raise TypeError("the slots of a ScriptModule are addressed by name")
-
-
-def _differs(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    try:
-        return now != before  # identical objects compare equal without being looked at
-    except Exception:  # a replaced tensor or array has no truth value; other objects may refuse too
-        return True
 
 
 def kept(selection: Selection) -> Selection:

@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class UnknownReductionError(ValueError):
 
 
 def normaliser_of(loss: Any) -> Normaliser | None:
-    """How ``loss`` normalises; None if that cannot be told from it.
+    """How ``loss`` normalises as it is set now; None if that cannot be told from it.
 
     Knows torch's loss modules and functions, also through `functools.partial`.
     """
@@ -31,9 +33,8 @@ def normaliser_of(loss: Any) -> Normaliser | None:
     if settings.get("reduction") in ("sum", "none"):
         raise UnknownReductionError(_advice(loss, settings["reduction"]))
     if function in _BY_CLASS_WEIGHT:
-        return functools.partial(
-            _counted_classes, settings.get("weight"), settings.get("ignore_index", -100)
-        )
+        ignored = settings.get("ignore_index", -100)
+        return functools.partial(_counted_classes, settings.get("weight"), ignored)
     if function in _BY_ELEMENT and settings.get("reduction", "mean") == "mean":
         return _elements
     return None
@@ -58,11 +59,14 @@ def _settings(loss: Any) -> tuple[Any, dict[str, Any]]:
         return function, settings | dict(loss.keywords)
     if isinstance(loss, nn.Module):
         function = _FUNCTION_OF.get(type(loss)) or _inherited(type(loss))
-        names = ("reduction", "weight", "ignore_index")
-        return function, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
+        held = loss.__dict__ | loss._buffers  # quicker than to ask the module
+        return function, {n: held[n] for n in _SETTINGS if n in held}
     if inspect.isfunction(loss) and loss in (_BY_CLASS_WEIGHT | _BY_ELEMENT):
         return loss, {}
     return None, {}
+
+
+_SETTINGS = ("reduction", "weight", "ignore_index")
 
 
 def _inherited(loss: type[nn.Module]) -> Any:
@@ -77,20 +81,28 @@ def _elements(targets: Tensor) -> float:
     return float(targets.numel())
 
 
-def _counted_classes(weight: Tensor | None, ignore_index: int, targets: Tensor) -> float:
+def _counted_classes(weight: Tensor | None, ignored: int | None, targets: Tensor) -> float:
     """Cross entropy divides by the class weights of the targets that it does not ignore."""
-    if targets.is_floating_point():  # class probabilities: divided by the number of predictions
-        return float(targets.shape[0] * targets[:, :1].numel() / max(targets.shape[0], 1))
-    if targets.numel() == 0:
-        return 0.0
-    if weight is None and ignore_index < 0 and targets.min() >= 0:
-        return float(targets.numel())  # the usual case, at a fifth of the cost
-    counted = targets[targets != ignore_index]
-    return (
-        float(counted.numel())
-        if weight is None
-        else float(weight.to(targets.device)[counted].sum())
-    )
+    if (
+        weight is None
+        and type(targets) is Tensor
+        and targets.dtype is torch.int64
+        and targets.is_cpu
+    ):
+        array = targets.numpy()  # counts at a fifth of torch's cost
+        if ignored is None or (ignored < 0 and array.size and array.item(array.argmin()) >= 0):
+            return float(array.size)
+        return float(np.count_nonzero(array != ignored))
+    if targets.is_floating_point() and targets.ndim > 1:
+        return float(targets.numel() / max(targets.shape[1], 1))  # class probabilities: predictions
+    if targets.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(
+            "the targets of a cross entropy are class indices (torch.int64), or probabilities of shape "
+            f"(N, classes, ...), got {targets.dtype} of shape {tuple(targets.shape)}; "
+            "of indices pass targets.long()"
+        )
+    counted = targets if ignored is None else targets[targets != ignored]
+    return float(counted.numel() if weight is None else weight.to(targets.device)[counted].sum())
 
 
 _FUNCTION_OF: dict[type[nn.Module], Any] = {
@@ -107,7 +119,10 @@ _FUNCTION_OF: dict[type[nn.Module], Any] = {
     nn.HingeEmbeddingLoss: F.hinge_embedding_loss,
     nn.KLDivLoss: F.kl_div,
 }
-_BY_CLASS_WEIGHT = {F.cross_entropy, F.nll_loss}
+_BY_CLASS_WEIGHT: set[Any] = {F.cross_entropy, F.nll_loss}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
+    _FUNCTION_OF[nn.LinearCrossEntropyLoss] = F.linear_cross_entropy
+    _BY_CLASS_WEIGHT.add(F.linear_cross_entropy)
 _BY_ELEMENT = {
     F.mse_loss,
     F.l1_loss,

@@ -4,56 +4,55 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch._functorch import utils as functorch_utils
+from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
 
-from .modules import ONE_THREAD
+from ..exchange import Exchange
+from ..interception import Reentered, stood_in
 
 
-class TwiceDifferentiable(AbstractContextManager[None]):
-    """What a forward pass needs so that any model's second derivative exists.
+class _Patches(Exchange):
+    def _patch(self, owner: Any, name: str, replacement: Any) -> None:
+        if name in vars(owner):
+            self._noted(setattr, owner, name, vars(owner)[name])
+        else:  # inherited: it shows again once ours is gone
+            self._noted(_delete, owner, name)
+        setattr(owner, name, replacement)
+
+
+def _delete(owner: Any, name: str) -> None:
+    if name in vars(owner):
+        delattr(owner, name)
+
+
+class TwiceDifferentiable(_Patches):
+    """What a forward pass, and the backward passes after it, need so that second derivatives exist.
 
     - attention by its math kernel: the fused ones have no second derivative;
-    - checkpoints run as plain calls: reentrant ones drop gradients silently, and recomputation
-      would happen after the parameters have been put back;
-    - compiled code run eagerly: AOT-compiled graphs have no double backward;
-    - modules in the train or eval mode they had when the context was made, if it is given any.
+    - checkpoints run as plain calls: reentrant ones drop gradients silently;
+    - compiled code run eagerly: AOT-compiled graphs have no double backward.
 
-    Reentrant: entered once around a whole product, it costs each evaluation next to nothing. One
-    thread at a time is inside, since evaluations change modules and global flags for a while.
-    Ops without a double backward are another context's work, see `hvpop.risk.rewrites`.
+    One inside another does nothing. Ops without a double backward are another context's work, see
+    `hvpop.risk.rewrites`.
     """
 
-    def __init__(self, modes: list[tuple[nn.Module, bool]] | None = None) -> None:
-        self._modes = modes or []
-        self._depth = 0
+    active = False
 
-    def __enter__(self) -> None:
-        ONE_THREAD.acquire()
-        self._depth += 1
-        if self._depth == 1:
-            self._undo = ExitStack()
-            self._set_modes()
-            self._use_math_attention()
-            self._run_checkpoints_plainly()
-            if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-                self._undo.enter_context(torch.compiler.set_stance("force_eager"))
-
-    def __exit__(self, *exception: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._undo.close()
-        ONE_THREAD.release()
-
-    def _set_modes(self) -> None:
-        for module, mode in self._modes:
-            if module.training != mode:
-                self._undo.callback(setattr, module, "training", module.training)
-                module.training = mode
+    def _change(self) -> None:
+        if TwiceDifferentiable.active:
+            return
+        self._noted(setattr, TwiceDifferentiable, "active", False)
+        TwiceDifferentiable.active = True
+        self._use_math_attention()
+        self._run_checkpoints_plainly()
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stance = torch.compiler.set_stance("force_eager")
+            self._noted(stance.__exit__, None, None, None)
 
     def _use_math_attention(self) -> None:
         # As torch.nn.attention.sdpa_kernel(MATH) does, at a fifth of its cost.
@@ -65,20 +64,12 @@ class TwiceDifferentiable(AbstractContextManager[None]):
             (flags.math_sdp_enabled(), flags.enable_math_sdp, True),
         ):
             if enabled != wanted:
-                self._undo.callback(enable, enabled)
+                self._noted(enable, enabled)
                 enable(wanted)
 
     def _run_checkpoints_plainly(self) -> None:
-        patches: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-            (checkpoint.CheckpointFunction, "apply", _call_reentrant),
-            (checkpoint, "_checkpoint_without_reentrant_generator", _call_around),
-        )
-        for owner, name, replacement in patches:
-            if name in vars(owner):
-                self._undo.callback(setattr, owner, name, vars(owner)[name])
-            else:  # inherited: it shows again once ours is gone
-                self._undo.callback(delattr, owner, name)
-            setattr(owner, name, replacement)
+        self._patch(checkpoint.CheckpointFunction, "apply", _call_reentrant)
+        self._patch(checkpoint, "_checkpoint_without_reentrant_generator", _call_around)
 
 
 def _call_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -87,3 +78,63 @@ def _call_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *arg
 
 def _call_around(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield  # torch calls the checkpointed function between the two steps of this generator
+
+
+# --- custom Functions ---------------------------------------------------------------------------
+
+
+class FunctionsWatched(_Patches):
+    """Custom Functions see stand-ins, too, and evaluate the model as the forward pass does.
+
+    One inside another does nothing.
+    """
+
+    active = False
+
+    def _change(self) -> None:
+        if not FunctionsWatched.active:
+            self._noted(setattr, FunctionsWatched, "active", False)
+            FunctionsWatched.active = True
+            self._patch(torch.autograd.Function, "apply", classmethod(_apply))
+            if _UNWRAP is not None:
+                self._patch(functorch_utils, "unwrap_dead_wrappers", _unwrapped)
+            self._patch(BackwardCFunction, "apply", _backward)
+
+
+_APPLY: Any = vars(torch.autograd.Function)["apply"].__func__
+_BACKWARD: Any = vars(BackwardCFunction)["apply"]
+_UNWRAP: Any = getattr(functorch_utils, "unwrap_dead_wrappers", None)
+
+
+def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+    return _APPLY(cls, *stood_in(args), **kwargs)
+
+
+def _unwrapped(args: tuple[Any, ...]) -> Any:
+    """Part of ``apply``, also of one that was looked up before it was patched."""
+    return _UNWRAP(stood_in(args))
+
+
+def _backward(ctx: Any, *args: Any) -> Any:
+    """A Function's backward may evaluate the model again, and then as the forward pass did."""
+    with Reentered():
+        return _BACKWARD(ctx, *args)
+
+
+hooks: set[Any] = set()
+"""What an evaluation has put on tensors."""
+
+
+def _hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+    """A hook may do so, too."""
+    hooks.add(hook)
+
+    def reentering(gradient: Tensor) -> Any:
+        with Reentered():
+            return hook(gradient)
+
+    return tensor.register_hook(reentering)
+
+
+WATCHED = {torch.Tensor.register_hook: _hooked}
+"""A table for `hvpop.interception`."""

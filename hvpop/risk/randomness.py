@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import ctypes
 import random
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from functools import cache
 from numbers import Integral
 from typing import Any
@@ -14,76 +13,101 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-
-@contextmanager
-def private_rng(seed: int) -> Iterator[None]:
-    """torch's, NumPy's and Python's global random numbers start from ``seed``, and are put back."""
-    states = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        try:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+from ..exchange import Exchange
 
 
-class Seeded(AbstractContextManager[None]):
-    """torch's random numbers start from ``seed``, a 0-dim integer tensor; the user's are put back."""
+class PrivateRNG(Exchange):
+    """The random numbers of torch, and of others beside it, are put back at the end.
 
-    def __init__(self, seed: Tensor | None) -> None:
-        # A fake tensor means that the evaluation is being traced, not run.
-        self._seed = int(seed) if type(seed) is Tensor else None
-
-    def __enter__(self) -> None:
-        if self._seed is not None:
-            self._state = torch.get_rng_state()
-            self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-            torch.default_generator.manual_seed(self._seed)
-            if self._cuda:
-                torch.cuda.manual_seed_all(self._seed)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._seed is not None:
-            torch.set_rng_state(self._state)
-            if self._cuda:
-                torch.cuda.set_rng_state_all(self._cuda)
-
-
-class SeededThroughout(Seeded):
-    """As `Seeded`, with NumPy's and Python's random numbers and the generators that modules hold.
-
-    Takes twenty times as long, so it is for models that need it, which ``needed`` tells after
-    a first evaluation with a seed.
+    Parameters
+    ----------
+    generators
+        Of those beside torch: the modules `random` and `numpy.random`, and generator objects.
     """
 
-    def __init__(self, seed: Tensor | None, modules: list[nn.Module]) -> None:
-        super().__init__(seed)
-        kinds = torch.Generator, np.random.Generator, random.Random
-        held = [g for m in modules for g in vars(m).values() if isinstance(g, kinds)]
-        self.needed: bool | None = True if held else None
-        self._generators: list[Any] = [random, np.random, *held]
+    def __init__(self, generators: Iterable[Any] = ()) -> None:
+        super().__init__()
+        self._generators = list(generators)
 
-    def __enter__(self) -> None:
-        super().__enter__()
-        if self._seed is not None:
-            self._before = [_state(g) for g in self._generators]
-            for generator in self._generators:
-                _seed(generator, self._seed)
-            self._start = pickle.dumps([_state(g) for g in (random, np.random)])
+    def _change(self) -> None:
+        self._noted(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():
+            self._noted(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        self.put_back_too(self._generators)
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        if self._seed is not None:
-            now = pickle.dumps([_state(g) for g in (random, np.random)])
-            self.needed = bool(self.needed) or now != self._start
-            for generator, state in zip(self._generators, self._before, strict=True):
-                _restore(generator, state)
+    def put_back_too(self, generators: Iterable[Any]) -> None:
+        for generator in generators:
+            self._noted(_restore, generator, _state(generator))
+
+
+def seed_all(seed: int, generators: Iterable[Any] = ()) -> None:
+    """Let torch's random numbers, and those of some generators, start from ``seed``."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    for generator in generators:
+        _seed(generator, seed)
+
+
+class private_rng(PrivateRNG):  # noqa: N801 (used like a function)
+    """torch's, NumPy's and Python's global random numbers start from ``seed``, and are put back."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(GLOBAL)
+        self._seed = seed
+
+    def _change(self) -> None:
+        super()._change()
+        seed_all(self._seed, GLOBAL)
+
+
+GLOBAL: tuple[Any, ...] = (random, np.random)
+"""Python's and NumPy's global random numbers."""
+
+
+def generators_in(modules: Iterable[nn.Module]) -> list[Any]:
+    """The generators that modules hold, as attributes or in containers that are attributes."""
+    found = {}
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, _KINDS):
+                found[id(value)] = value
+            elif type(value) in (list, tuple, dict) and value:
+                items = value.values() if isinstance(value, dict) else value
+                found |= {id(item): item for item in items if isinstance(item, _KINDS)}
+    return list(found.values())
+
+
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def beside_torch() -> tuple[Any, ...]:
+    """Something that changes when Python's or NumPy's global random numbers are drawn.
+
+    A look at the memory of NumPy's: to ask for the state takes 40 microseconds.
+    """
+    bits = _bits()
+    if not isinstance(bits, np.random.MT19937):
+        return random.getstate(), repr(bits.state)
+    interface = bits.ctypes
+    return random.getstate(), ctypes.string_at(interface.state_address, _MT19937)
+
+
+def _bits() -> Any:
+    numpy: Any = np.random  # whose stubs leave this out
+    return numpy.get_bit_generator()
+
+
+def rewind(before: tuple[Any, ...]) -> None:
+    """Python's and NumPy's global random numbers as they were when `beside_torch` was asked."""
+    random.setstate(before[0])
+    bits = _bits()
+    if isinstance(bits, np.random.MT19937):
+        interface = bits.ctypes
+        ctypes.memmove(interface.state_address, before[1], _MT19937)
+
+
+_MT19937 = 4 * 625  # 624 words, and the place among them
 
 
 def torch_states() -> list[Tensor]:
@@ -92,16 +116,20 @@ def torch_states() -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-@cache
 def seed_tensor(seed: int) -> Tensor:
     """The seed as data of a function, so that functions which differ by it alone are one."""
+    return _seed_tensor(seed) if seed < 2**12 else torch.tensor(seed, device="cpu")
+
+
+@cache
+def _seed_tensor(seed: int) -> Tensor:
     return torch.tensor(seed, device="cpu")
 
 
 def _state(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    if generator is np.random or isinstance(generator, torch.Generator):
+    if generator is np.random or isinstance(generator, torch.Generator | np.random.RandomState):
         return generator.get_state()
     return generator.getstate()
 
@@ -109,7 +137,7 @@ def _state(generator: Any) -> Any:
 def _restore(generator: Any, state: Any) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
-    elif generator is np.random or isinstance(generator, torch.Generator):
+    elif generator is np.random or isinstance(generator, torch.Generator | np.random.RandomState):
         generator.set_state(state)
     else:
         generator.setstate(state)

@@ -8,32 +8,29 @@ So are convolutions, whose second derivative is right but slow.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
-from .formulas import arithmetic, embeddings, losses, recurrent
+from ..interception import Interception, Table
+from .formulas import arithmetic, distances, embeddings, losses, recurrent, spectra
 from .formulas.convolutions import CONVOLUTIONS
 
+Op = Callable[..., Any]
 
-class Rewrites(TorchFunctionMode):
+
+class Rewrites(Interception):
     """Context in which ops of `REWRITES`, and convolutions that gain by it, are evaluated by formulas.
 
     Values and first derivatives equal those of the op to rounding, with torch's own convention at
-    kinks; second derivatives are exact, in reverse and in forward mode. Enter it around the forward
-    evaluation only: the gradients are then made of ordinary ops. Scripted code is not seen.
+    kinks; second derivatives are exact, in reverse and in forward mode. Scripted code is not seen.
 
     Parameters
     ----------
     seen : set of str, optional
         Receives the name of each op that was rewritten.
-
-    Notes
-    -----
-    An op that is not rewritten costs two look-ups and what torch takes to call any mode: 1 to 2
-    microseconds, 4 to 9 for the Python functions of `torch.nn.functional`.
 
     Examples
     --------
@@ -49,24 +46,38 @@ class Rewrites(TorchFunctionMode):
     """
 
     def __init__(self, seen: set[str] | None = None) -> None:
-        super().__init__()
-        self._seen: set[str] = set() if seen is None else seen
+        tables: list[Table] = [REWRITES, CONVOLUTIONS]
+        super().__init__(*(tables if seen is None else [_noting(t, seen) for t in tables]))
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        rewrite = REWRITES.get(func) or CONVOLUTIONS.get(func)
-        if rewrite is not None:
-            # torch runs this method with the mode off: a formula may call the op it replaces.
-            result = rewrite(*args, **(kwargs or {}))
+
+def _noting(table: Table, seen: set[str]) -> Table:
+    def noting(op: Callable[..., Any], rewrite: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = rewrite(*args, **kwargs)
             if result is not None:
-                self._seen.add(func.__name__)
-                return result
-        return func(*args, **kwargs) if kwargs else func(*args)
+                seen.add(op.__name__)
+            return result
+
+        return noted
+
+    return {op: noting(op, rewrite) for op, rewrite in table.items()}
+
+
+def _in_torchs_words(table: dict[Op, Op]) -> dict[Op, Op]:
+    """The table with formulas that leave it to torch to say what is wrong with their arguments."""
+
+    def checked(op: Op, formula: Op) -> Op:
+        @wraps(formula)
+        def rewritten(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return formula(*args, **kwargs)
+            except Exception:
+                op(*args, **kwargs)
+                raise  # torch can do it, so it is the formula's own
+
+        return rewritten
+
+    return {op: checked(op, formula) for op, formula in table.items()}
 
 
 # --- the table --------------------------------------------------------------------------------
@@ -87,8 +98,8 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.embedding: embeddings.torch_embedding,
     F.embedding_bag: embeddings.embedding_bag,  # reverse, forward
     torch._weight_norm: arithmetic.weight_norm,  # reverse is WRONG, without an error; forward
-    torch.cdist: arithmetic.cdist,  # reverse (except p=2 with many points), forward
-    torch.pdist: arithmetic.pdist,  # reverse, forward
+    torch.cdist: distances.cdist,  # reverse (except p=2 with many points), forward
+    torch.pdist: distances.pdist,  # reverse, forward
     torch.scatter_reduce: arithmetic.scatter_reduce,  # "prod": forward is WRONG, without an error
     torch.Tensor.scatter_reduce: arithmetic.scatter_reduce,
     torch.Tensor.scatter_reduce_: arithmetic.scatter_reduce_,
@@ -98,4 +109,28 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_relu: recurrent.rnn_relu,
     torch.cholesky_inverse: arithmetic.cholesky_inverse,  # forward is WRONG, without an error
     torch.Tensor.cholesky_inverse: arithmetic.cholesky_inverse,
+    F.linear_cross_entropy: losses.linear_cross_entropy,  # in chunks: reverse is WRONG; forward
+    torch.sinc: arithmetic.sinc,  # at 0: reverse, forward is WRONG, without an error
+    torch.special.sinc: arithmetic.sinc,
+    torch.Tensor.sinc: arithmetic.sinc,
+    torch.Tensor.sinc_: arithmetic.sinc_,
+    torch.logaddexp: arithmetic.logaddexp,  # of infinite numbers: reverse, forward
+    torch.Tensor.logaddexp: arithmetic.logaddexp,
+    torch.native_layer_norm: arithmetic.native_layer_norm,  # bias without weight: reverse
+    torch.triangular_solve: arithmetic.triangular_solve,  # forward is WRONG, without an error
+    torch.Tensor.triangular_solve: arithmetic.triangular_solve,
+    torch.linalg.svdvals: spectra.svdvals,  # WRONG where values are equal, without an error
+    torch.linalg.eigvalsh: spectra.eigvalsh,
+    torch.linalg.svd: spectra.linalg_svd,
+    torch.svd: spectra.svd,
+    torch.Tensor.svd: spectra.svd,
+    torch.linalg.eigh: spectra.eigh,
+    torch.linalg.matrix_norm: spectra.matrix_norm,
+    torch.linalg.norm: spectra.linalg_norm,
+    torch.linalg.cond: spectra.cond,
+    torch.norm: spectra.norm,
+    torch.Tensor.norm: spectra.norm,
+    torch.nuclear_norm: spectra.nuclear_norm,
 }
+
+REWRITES.update(_in_torchs_words(REWRITES))

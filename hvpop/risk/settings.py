@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import random
+import types
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 _LONG = 1000
 """Containers of more items than this are what they are as long as they are the same, too."""
 
+_MOST = 20_000
+"""Things looked at; beyond, the same."""
+
 _SCALARS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
-_ELSEWHERE = {"_parameters", "_buffers", "_modules"}  # tensors, and modules of their own
+_ELSEWHERE = {"_parameters", "_buffers"}  # tensors have fingerprints of their own
+
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    nn.Parameter,
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
+"""What is what it is as long as it is the same: parameters and random states change, and are none."""
 
 
 class _Same:
@@ -26,30 +46,180 @@ class _Same:
         return isinstance(other, _Same) and self._thing is other._thing
 
 
-def settings_of(thing: Any, depth: int) -> Any:
+def settings_of(*things: Any) -> Any:
     """A description that compares equal as long as nothing has been set, replaced or hooked.
 
-    It is of the values of scalars, and of containers and objects that hold them, ``depth`` of these
-    within one another. Functions, modules, tensors and what is deeper are what they are as long as
-    they are the same. What a closure holds is not seen.
+    It is of the values of scalars, arrays and small tensors, of containers and objects that hold
+    them, however deep, of the attributes of the user's classes, and of what a function closes over,
+    has as defaults or reads of its module's data. Parameters and buffers are left out.
     """
-    if isinstance(thing, float):
-        return float, repr(thing)  # NaN does not equal itself
-    if isinstance(thing, _SCALARS):
-        return type(thing), thing
-    if isinstance(thing, nn.Module):
-        return _Same(thing), _attributes(thing, depth)
-    if depth == 0 or isinstance(thing, Tensor | type):
-        return _Same(thing)
-    if isinstance(thing, list | tuple | Mapping) and len(thing) <= _LONG:
-        items = thing.items() if isinstance(thing, Mapping) else enumerate(thing)
-        return type(thing), [(key, settings_of(item, depth - 1)) for key, item in items]
-    return _Same(thing), _attributes(thing, depth - 1) if hasattr(thing, "__dict__") else None
+    walk = _Walk()
+    return [walk.described(thing) for thing in things]
 
 
-def _attributes(thing: Any, depth: int) -> list[Any]:
-    return [
-        (name, _Same(value) if isinstance(value, nn.Module) else settings_of(value, depth))
-        for name, value in vars(thing).items()
-        if name not in _ELSEWHERE
-    ]
+class _Walk:
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, object]] = {}
+
+    def described(self, thing: Any) -> Any:
+        if isinstance(thing, float):
+            return float, repr(thing)  # NaN does not equal itself
+        if isinstance(thing, _SCALARS):
+            return type(thing), thing
+        if id(thing) in self._seen:
+            return "seen", self._seen[id(thing)][0]
+        self._seen[id(thing)] = len(self._seen), thing
+        if len(self._seen) > _MOST:
+            return _Same(thing)
+        if isinstance(thing, type) and not _is_torchs(thing):
+            return _Same(thing), self._named(_data_of(thing))
+        if isinstance(thing, Tensor) and not isinstance(thing, _OPAQUE):
+            return _Same(thing), *_tensor(thing)
+        if isinstance(thing, np.ndarray | np.generic):
+            return type(thing), str(thing.dtype), np.shape(thing), _bytes(thing)
+        if isinstance(thing, _OPAQUE):
+            return _Same(thing)
+        if isinstance(thing, types.FunctionType):
+            return _Same(thing), self._named(_read_by(thing))
+        if isinstance(thing, types.MethodType):
+            return self.described(thing.__func__), self.described(thing.__self__)
+        if isinstance(thing, list | tuple | Mapping | Set) and len(thing) <= _LONG:
+            return type(thing), self._items(thing)
+        return _Same(thing), self.described(type(thing)), self._named(_attributes(thing))
+
+    def _items(self, thing: Any) -> list[Any]:
+        if isinstance(thing, Mapping):
+            return [(self.described(key), self.described(item)) for key, item in thing.items()]
+        if isinstance(thing, Set):
+            return sorted(repr(item) for item in thing)
+        return [self.described(item) for item in thing]
+
+    def _named(self, values: Iterable[tuple[str, Any]]) -> list[Any]:
+        return [(name, self.described(value)) for name, value in values]
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "builtins", "collections", "hvpop")
+
+
+def _data_of(kind: type) -> Iterator[tuple[str, Any]]:
+    """The attributes of a class of the user's, and of its bases, that are data."""
+    for base in kind.__mro__:
+        if _is_torchs(base):
+            continue
+        for name, value in vars(base).items():
+            if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
+                yield name, value
+
+
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, in its dictionary or in slots."""
+    for name, value in getattr(thing, "__dict__", {}).items():
+        if name not in _ELSEWHERE or not isinstance(thing, nn.Module):
+            yield name, value
+    for name in _slots(type(thing)):
+        with suppress(AttributeError):
+            yield name, getattr(thing, name)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        yield from (names,) if isinstance(names, str) else names
+
+
+def _read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function depends on beside its arguments: closure, defaults, data of its module."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not filled yet
+            yield name, cell.cell_contents
+    yield "defaults", (function.__defaults__, function.__kwdefaults__)
+    yield from getattr(function, "__dict__", {}).items()
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, (*_SCALARS, list, tuple, Mapping, Set, np.ndarray)):
+            yield name, value
+
+
+def _tensor(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    if tensor.numel() <= _LONG and tensor.layout is torch.strided and not tensor.is_meta:
+        with torch.no_grad():
+            return version, repr(tensor.detach().tolist())
+    return (version,)
+
+
+def _bytes(array: Any) -> Any:
+    return array.tobytes() if array.nbytes <= 2**20 else _Same(array)
+
+
+class Snapshot:
+    """The settings of some objects as they are now, to be put in their places again later."""
+
+    def __init__(self, holders: Iterable[Any], fixed: Iterable[Any]) -> None:
+        """``fixed`` are shared with the user, not copied: modules, parameters and buffers."""
+        self._shared = {id(thing): thing for thing in fixed}
+        memo = dict(self._shared)
+        kept = {id(holder): holder for holder in holders if hasattr(holder, "__dict__")}
+        self._kept = [(vars(h), _own_items(vars(h), memo)) for h in kept.values()]
+        scripted = [h for h in kept.values() if isinstance(h, torch.jit.ScriptModule)]
+        self._modes = [(module, module.training) for module in scripted]  # not in its dictionary
+
+    def changed(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The dictionaries that are not as they were, each with a fresh copy of what it held."""
+        memo = dict(self._shared)
+        return [(now, _own_items(kept, memo)) for now, kept in self._kept if differ(now, kept)]
+
+    def changed_modes(self) -> list[tuple[nn.Module, bool, bool]]:
+        """Scripted modules that have left train or eval mode: the present one, and that to be in."""
+        return [(m, m.training, mode) for m, mode in self._modes if m.training != mode]
+
+
+def differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether anything was set; identical objects compare equal without being looked at."""
+    try:
+        return now != before
+    except Exception:  # a replaced tensor or array has no truth value; other objects may refuse too
+        return True
+
+
+def _own_items(items: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    return {n: v if n in _ELSEWHERE else _own(v, memo) for n, v in items.items()}
+
+
+def _own(thing: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what is plain data, however nested; anything else itself."""
+    if isinstance(thing, (*_SCALARS, types.FunctionType, nn.Module, *_OPAQUE)):
+        return thing
+    if id(thing) in memo:
+        return memo[id(thing)]
+    memo[id(thing)] = thing  # in case it holds itself
+    memo[id(thing)] = copied = _copied(thing, memo)
+    return copied
+
+
+def _copied(thing: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(thing, Tensor):
+        own = type(thing) is Tensor and not thing.requires_grad and thing.numel() <= 2**16
+        return thing.clone() if own and not thing.is_inference() else thing
+    if isinstance(thing, np.ndarray):
+        return thing.copy() if thing.nbytes <= 2**20 else thing
+    if type(thing) in (list, tuple, set, frozenset) and len(thing) <= _LONG:
+        return type(thing)([_own(item, memo) for item in thing])
+    if isinstance(thing, dict) and len(thing) <= _LONG:
+        copied = copy.copy(thing)
+        for key, item in thing.items():
+            copied[key] = _own(item, memo)
+        return copied
+    if type(thing).__module__.partition(".")[0] in _LIBRARIES or callable(thing):
+        return thing
+    try:
+        copied = copy.copy(thing)
+        for name, value in _attributes(thing):
+            object.__setattr__(copied, name, _own(value, memo))
+    except Exception:  # it may not want to be copied, and is what it is then
+        return thing
+    return copied
+
+
+_LIBRARIES = ("torch", "threading", "logging", "io", "weakref", "_thread", "pathlib", "re")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from scipy.special import chdtri
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import operand, probes
+from ..operators.arguments import Seed
+from . import operand
 from .quadrature import Quadrature
 from .results import Density
-from .sampling import Band, History, Sampling, sample
+from .sampling import Band, History, sample
+from .spectral import SpectralSampling
 
 
 def spectral_density(
@@ -26,7 +26,7 @@ def spectral_density(
     rtol: float | None = None,
     max_products: int = 512,
     block: int = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Density:
@@ -80,10 +80,11 @@ def spectral_density(
     state, status = sample(task, max_products, progress, checkpoint)
     quadrature = task.complete(state)
     grid, width = task.grid(quadrature)
-    band = _band(quadrature, grid, width, A.shape[0])
+    unit = task.source.unit
+    band = _band(quadrature, grid, width, A.shape[0]).scaled(1 / unit)
     return Density(
-        grid, band.value, band.standard_error, band.low, band.high, quadrature.nodes,
-        quadrature.weights, width, A.shape[0], state.products, status,
+        unit * grid, band.value, band.standard_error, band.low, band.high, unit * quadrature.nodes,
+        quadrature.weights, unit * width, A.shape[0], state.products, status,
     )  # fmt: skip
 
 
@@ -97,29 +98,34 @@ class _State:
         return self.quadrature.products
 
 
-class _Density(Sampling[_State]):
+class _Density(SpectralSampling[_State]):
     name, unit, state_type = "spectral_density", 1, _State
-    steps: int
     width: float | None
 
     def start(self) -> _State:
         return _State(Quadrature.empty())
 
-    def price(self, state: _State) -> int:
-        group = state.quadrature.group
-        if group is not None:
-            return group.current.shape[1]
-        return 1 if state.products == 0 else self.steps
+    def length(self, state: _State) -> int:
+        return self.steps
 
     def advance(self, state: _State, left: int) -> _State:
-        n, affordable = self.A.shape[0], max(1, left // self.steps)
-        quadrature = state.quadrature.stepped(
-            self.A, lambda: self.drawn(probes.gaussian, n, state, affordable)
-        )
-        assert quadrature.group is not None
-        if quadrature.group.alpha.shape[0] < self.steps:
-            return replace(state, quadrature=quadrature)
-        return self.noted(replace(state, quadrature=quadrature.finished()))
+        state = replace(state, quadrature=self.stepped(state, left))
+        group = state.quadrature.group
+        assert group is not None
+        if group.complete:
+            return self.noted(replace(state, quadrature=state.quadrature.finished()))
+        whole = self.completes(state)
+        if group.steps < self.steps or (whole and self.rtol is None):
+            return state
+        finished = self.noted(replace(state, quadrature=state.quadrature.finished()))
+        return finished if not whole or self._ends(finished) else state
+
+    def _ends(self, finished: _State) -> bool:
+        """Whether other probes are worth more than all of the spectrum, where that is at hand."""
+        assert self.rtol is not None
+        products, _, area = finished.history[-1]
+        more = max(1.0, area / self.rtol) ** 2 - 1
+        return bool(products * (1 + 1.3 * more) <= self.order)
 
     def complete(self, state: _State) -> Quadrature:
         """The finished probes; the unfinished ones, if there are no others."""
@@ -130,8 +136,9 @@ class _Density(Sampling[_State]):
         """600 points over the spectrum and its smoothing, and the width of the latter."""
         nodes = quadrature.nodes[quadrature.weights > 1e-14]
         low, high = nodes.min().item(), nodes.max().item()
-        spread = (high - low) or max(abs(high), 1e-300) * 1e-3
-        width = spread / self.steps if self.width is None else self.width
+        size = max(abs(low), abs(high)) or 1.0
+        spread = high - low if high - low > 1e-12 * size else 1e-3 * size
+        width = spread / self.steps if self.width is None else self.width / self.source.unit
         return torch.linspace(low - 4 * width, high + 4 * width, 600, dtype=torch.float64), width
 
     def placed(self, state: _State) -> int:
@@ -139,6 +146,9 @@ class _Density(Sampling[_State]):
 
     def samples(self, state: _State) -> int:
         return _ENOUGH if state.history else 0
+
+    def exhausted(self, state: _State) -> bool:
+        return state.quadrature.exact
 
     def read(self, state: _State) -> Band:
         quadrature = self.complete(state)
@@ -153,19 +163,9 @@ class _Density(Sampling[_State]):
 
     def report(self, state: _State) -> str:
         group = state.quadrature.group
-        step = "" if group is None else f", step {group.alpha.shape[0]} of {self.steps}"
+        step = "" if group is None else f", step {group.steps} of {self.steps}"
         error = f"error {state.history[-1][2]:.1e}" if state.history else "first probes"
         return error + step
-
-    def settings(self) -> Mapping[str, Any]:
-        return {**super().settings(), "steps": self.steps}
-
-    def pack(self, state: _State) -> dict[str, Any]:
-        return {"history": [list(entry) for entry in state.history], **state.quadrature.pack()}
-
-    def unpack(self, saved: Mapping[str, Any]) -> _State:
-        quadrature = Quadrature.unpack(saved)
-        return super().unpack({"quadrature": quadrature, "history": saved["history"]})
 
 
 _ENOUGH = 1000  # the variance is not judged from the spread of samples: any number will do
@@ -178,6 +178,8 @@ def _band(quadrature: Quadrature, grid: Tensor, width: float, n: int) -> Band:
     kernel = torch.exp(-(((grid[:, None] - nodes.reshape(-1)) / width) ** 2) / 2)
     kernel = kernel / (width * (2 * torch.pi) ** 0.5)
     value = kernel @ weights.reshape(-1) / count
+    if quadrature.exact:
+        return Band(value, torch.zeros_like(value), value, value)
     square = kernel**2 @ weights.reshape(-1) / count
     variance = 2 / (n + 2) * (square - value**2).clamp_min(0.0) / count
     # value ~ mean * chi2_d / d, with d such that its variance is the one above.

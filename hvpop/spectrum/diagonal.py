@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ..operators.arguments import Seed
 from . import operand, probes
+from .known import Known
 from .results import DiagonalEstimate
-from .sampling import Band, History, S, Sampling, sample, student
+from .sampling import Band, C, Completing, History, S, Sampling, sample, student
 from .sketched import LeaveOutSampling, LeaveOutState
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
@@ -25,7 +27,7 @@ def diagonal(
     rtol: float | None = 0.1,
     max_products: int = 400,
     block: int = 16,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> DiagonalEstimate:
@@ -88,29 +90,36 @@ def _estimate(
 class _Moments:
     mean: Tensor  # (n,)
     deviation: Tensor  # (n,), the sum of squared deviations from it
+    known: Known
     count: int = 0
     products: int = 0
     history: History = ()
 
 
-class _Hutchinson(Sampling[_Moments]):
+class _Diagonal(Completing[C]):
+    def of_matrix(self, known: Known) -> Tensor:
+        return (known.Q * known.AQ).sum(1)
+
+
+class _Hutchinson(_Diagonal[_Moments]):
     name, unit, state_type = "diagonal by hutchinson", 1, _Moments
 
     def start(self) -> _Moments:
         zero = torch.zeros(self.A.shape[0], **self.like())
-        return _Moments(zero, zero)
+        return _Moments(zero, zero, self.nothing())
 
-    def advance(self, state: _Moments, left: int) -> _Moments:
+    def sampled(self, state: _Moments, left: int) -> _Moments:
         V = self.drawn(probes.signs, self.A.shape[0], state, left)
         count = V.shape[1]
-        new = V * (self.A @ V)
+        new = V * (self.source @ V)
         # Mean and deviation of a union of two samples (Chan, Golub and LeVeque 1983).
         total, mean = state.count + count, new.mean(1)
         shift = mean - state.mean
         deviation = state.deviation + ((new - mean[:, None]) ** 2).sum(1)
         deviation = deviation + shift**2 * (state.count * count / total)
         mean = state.mean + shift * (count / total)
-        return self.noted(_Moments(mean, deviation, total, state.products + count, state.history))
+        products = state.products + count
+        return replace(state, mean=mean, deviation=deviation, count=total, products=products)
 
     def samples(self, state: _Moments) -> int:
         return state.count
@@ -121,7 +130,7 @@ class _Hutchinson(Sampling[_Moments]):
         return student(state.mean, variance.sqrt(), count)
 
 
-class _XDiag(LeaveOutSampling):
+class _XDiag(LeaveOutSampling, _Diagonal[LeaveOutState]):
     name, keep = "diagonal by xdiag", True
 
     draw = staticmethod(probes.signs)
@@ -140,9 +149,6 @@ class _XDiag(LeaveOutSampling):
         U, ZS = sketch.Q @ S.to(sketch.Q), sketch.Z @ S.to(sketch.Q)
         E = rho.to(sketch.Q) * sketch.Omega - ZS
         samples = (sketch.Q * sketch.Z).sum(1, keepdim=True) + U * E
-        if self.exhausted(state):  # nothing is outside of the sketch
-            exact = (sketch.Q * sketch.Z).sum(1)
-            return student(exact, torch.zeros_like(exact), 2)
         value = samples.mean(1)
         if N < 2:
             return student(value, value, N)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
+from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from . import probes
 from .checkpoint import digest
 from .loop import Task
+from .measured import Measured
 from .results import Eigenpairs, Status
 
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
@@ -57,7 +59,6 @@ class Krylov:
     done: bool  # whether that search is over ...
     rtol: float  # ... and to what tolerance
     renewed: float  # the largest residual where the next vectors were last taken from the residuals
-    scale: float  # of A: a power of two that was divided out of its products
     products: int
     history: tuple[tuple[int, float], ...]
 
@@ -75,9 +76,11 @@ class Lanczos(Task[Krylov]):
         v0: Tensor | None,
         deflate: Tensor | None,
         rtol: float | None,
-        seed: int,
+        seed: Seed,
     ) -> None:
-        self.A, self.k, self.which, self.seed = A, k, which, seed
+        self.A, self.k, self.which = A, k, which
+        self.seed = arguments.seed("eigsh", seed)
+        self.source = Measured("eigsh", A)  # states are in its units; what leaves is not
         self.dtype = working_dtype(A.torch_dtype)
         n = A.shape[0]
         self.v0 = self._columns("v0", v0)
@@ -106,7 +109,7 @@ class Lanczos(Task[Krylov]):
         X = self._orthonormal(self._first())
         none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         Q, W = self._buffer(), self._buffer()
-        return Krylov(Q, W, 0, X, square, none, square, none, none, 0.0, None, False, 0.0, torch.inf, 1.0, 0, ())
+        return Krylov(Q, W, 0, X, square, none, square, none, none, 0.0, None, False, 0.0, torch.inf, 0, ())
 
     def price(self, state: Krylov) -> int:
         return max(1, state.X.shape[1])
@@ -116,7 +119,7 @@ class Lanczos(Task[Krylov]):
             state = self._restarted(self._condensed(state), self.keep, state.X)
         X, j = state.X, state.size
         size = j + X.shape[1]
-        AX, scale = self._product(X, state)
+        AX = self.source @ X
         state.Q[j:size], state.W[j:size] = X.T, AX.T
         Q = state.Q[:size].T
         F, C = self._against(AX, Q)
@@ -129,7 +132,7 @@ class Lanczos(Task[Krylov]):
         norm = max(state.norm, -theta[0].item(), theta[-1].item())
         products = state.products + X.shape[1]
         X, coupling = self._next(F, Q, norm, products, fill=state.search is None)
-        grown = replace(state, size=size, X=X, T=T, norm=norm, scale=scale, products=products)
+        grown = replace(state, size=size, X=X, T=T, norm=norm, products=products)
         if state.search is not None:
             search = self._followed(state.search, coupling, C)
             return self._searched(replace(grown, search=search), theta, S)
@@ -172,20 +175,6 @@ class Lanczos(Task[Krylov]):
             state, X=X, residuals=torch.empty(0), search=None, done=False, renewed=renewed,
             estimates=torch.full((keep,), torch.inf, dtype=torch.float64),
         )  # fmt: skip
-
-    def _product(self, X: Tensor, state: Krylov) -> tuple[Tensor, float]:
-        """``A X`` in units near its size, so that squares neither overflow nor vanish, and the unit."""
-        AX = self.A @ X
-        largest = AX.abs().max().item()
-        if not math.isfinite(largest):
-            raise FloatingPointError(
-                f"eigsh: {self.A!r} gave nan or inf, after {state.products} products; "
-                "look for nan and inf in the model's parameters, data and loss"
-            )
-        scale = state.scale
-        if state.norm == 0 and largest > 0:  # all before were zero, in any unit
-            scale = 2.0 ** math.frexp(largest)[1]
-        return AX / scale, scale
 
     def _search(self, state: Krylov) -> Krylov:
         """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""
@@ -284,15 +273,16 @@ class Lanczos(Task[Krylov]):
         allowed = (1 + self.U.shape[1] ** 0.5) * self.rtol * state.norm
         if status == "converged" and self.U.shape[1] and residuals.max() > allowed:
             status = "stagnated"
+        unit = self.source.unit
         eigenvalues, residuals = (
-            (state.scale * values[ascending]).to(Y) for values in (state.theta, residuals)
+            (unit * values[ascending]).to(Y) for values in (state.theta, residuals)
         )
-        history = tuple((products, state.scale * worst) for products, worst in state.history)
+        history = tuple((products, unit * worst) for products, worst in state.history)
         return Eigenpairs(eigenvalues, Y, residuals, state.products, status, history)
 
     def report(self, state: Krylov) -> str:
         found = int((state.estimates[: self.k] <= self.rtol * state.norm).sum())
-        residual = f"residual {state.scale * state.history[-1][1]:.1e}" if state.history else "start"
+        residual = f"residual {self.source.unit * state.history[-1][1]:.1e}" if state.history else "start"
         return f"{residual}, {found} of {self.k} found"
 
     # -- pieces -----------------------------------------------------------------------------------
@@ -417,10 +407,13 @@ class Lanczos(Task[Krylov]):
     def pack(self, state: Krylov) -> dict[str, Any]:
         used = {name: getattr(state, name)[: state.size].clone() for name in ("Q", "W")}
         search = None if state.search is None else dict(vars(state.search))
-        return {**super().pack(state), **used, "search": search, "history": [list(pair) for pair in state.history]}
+        history = [list(pair) for pair in state.history]
+        unit = self.source.unit
+        return {**super().pack(state), **used, "search": search, "history": history, "unit": unit}
 
     def unpack(self, saved: Mapping[str, Any]) -> Krylov:
         fields = dict(saved)
+        self.source.unit = fields.pop("unit")
         for name in ("Q", "W"):
             buffer = torch.empty(
                 self.basis, self.A.shape[0], dtype=self.dtype, device=self.A.device

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import operand, probes
-from .quadrature import Quadrature
-from .results import Estimate
-from .sampling import Band, History, Sampling, mean
+from ..operators.arguments import Seed
+from . import operand
+from .quadrature import Block, Measure, Quadrature, Recurrences
+from .results import Estimate, Status
+from .sampling import Band, History
+from .spectral import SpectralSampling
 
 
 def logdet(
@@ -24,15 +25,21 @@ def logdet(
     max_products: int = 4000,
     block: int = 16,
     steps: int = 200,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """``log det A = tr log A`` of a symmetric positive definite operator.
 
-    Each probe runs Lanczos until its quadrature of the logarithm has settled, or for ``steps``
-    steps; what is not settled then is added to the band (Ubaru, Chen and Saad 2017). A well damped
-    operator needs few steps, about the square root of its condition number.
+    Each probe runs Lanczos until two quadratures of the logarithm have met, or for ``steps`` steps
+    (Ubaru, Chen and Saad 2017): Gauss's, which is never too small, and Gauss and Radau's with a node
+    at the rounding of the products, which is never too large (Golub and Meurant 2010). The gap between
+    them is in the interval. A well damped operator needs few steps, about the square root of its
+    condition number.
+
+    Where ``max_products`` is ``n`` or more, the first probes share one space, which is followed to its
+    end, the exact value, if that is fewer products than the estimate would take; it keeps a vector a
+    product.
 
     Parameters
     ----------
@@ -42,6 +49,14 @@ def logdet(
         Lanczos steps of a probe at most.
     rtol, max_products, block, seed, progress, checkpoint
         As for `trace`; a probe costs a product a step, and ``block`` probes go side by side.
+
+    Returns
+    -------
+    Estimate
+        ``status`` is "converged", "max products", "interrupted" or "low end unresolved": most of the
+        interval, or all below the value, is open because small eigenvalues may be there that the
+        steps have not resolved; `low` is then that of a spectrum that ends at the rounding of the products,
+        or ``-inf`` if eigenvalues are seen there. Damp more, allow more ``steps``, or take float64.
 
     Raises
     ------
@@ -67,111 +82,181 @@ def logdet(
 @dataclass(frozen=True)
 class _State:
     quadrature: Quadrature
-    values: Tensor  # (N,), of the finished probes
-    open_ends: Tensor  # (N,), how far each quadrature may be from its limit
+    above: (
+        Tensor  # (2, N), a finished probe's forms of the logarithm and of its square, by Gauss ...
+    )
+    below: Tensor  # (2, N), ... and by Gauss and Radau, -inf where nothing can be said
+    rounding: Tensor  # (N,), what the rounding of the products may do to the logarithm
     history: History = ()
 
     @property
     def products(self) -> int:
         return self.quadrature.products
 
+    @property
+    def gap(self) -> float:
+        """What the quadratures leave open of the form of the logarithm."""
+        return float((self.above[0] - self.below[0]).mean())
 
-class _LogDet(Sampling[_State]):
+
+class _LogDet(SpectralSampling[_State]):
     name, unit, state_type = "logdet", 1, _State
     steps: int
 
     def start(self) -> _State:
-        none = torch.empty(0, dtype=torch.float64)
-        return _State(Quadrature.empty(), none, none)
+        none = torch.empty(2, 0, dtype=torch.float64)
+        return _State(Quadrature.empty(), none, none, none[0])
 
-    def price(self, state: _State) -> int:
-        group = state.quadrature.group
-        if group is not None:
-            return group.current.shape[1]
-        # A new group is begun only if it can be finished, as far as the last one tells.
-        return 1 if state.products == 0 else state.quadrature.nodes.shape[0] * min(2, self.block)
+    def length(self, state: _State) -> int:
+        return max(1, state.quadrature.steps)
 
     def advance(self, state: _State, left: int) -> _State:
-        n, expected = self.A.shape[0], max(1, state.quadrature.nodes.shape[0])
-        affordable = max(1, left // expected)
-        quadrature = state.quadrature.stepped(
-            self.A, lambda: self.drawn(probes.gaussian, n, state, affordable)
-        )
-        group = quadrature.group
+        state = replace(state, quadrature=self.stepped(state, left))
+        group = state.quadrature.group
         assert group is not None
-        state = replace(state, quadrature=quadrature)
-        j = group.alpha.shape[0]
-        spent = left < 2 * group.current.shape[1]
-        if j % _EVERY and j < self.steps and not spent:
+        ends = not self.completes(state)
+        spent = ends and left < 2 * group.current.shape[1]
+        long = ends and group.steps >= self.steps
+        if not (spent or long or group.complete or group.steps % _every(group) == 0):
             return state
-        values, open_ends = self._values(quadrature)
-        spread = values.std() if values.shape[0] > 1 else 0.0
-        tolerance = max(spread / 100, 1e-3 * (self.rtol or 0.0) * values.mean().abs())
-        settled = open_ends.mean() <= tolerance
-        if not settled and j < self.steps and not spent:
-            return state
-        state = replace(
-            state,
-            quadrature=quadrature.finished(),
-            values=torch.cat([state.values, values]),
-            open_ends=torch.cat([state.open_ends, open_ends]),
-        )
-        return self.noted(state)
+        finished = self._finished(state)
+        if spent and state.history and not self._settled(finished):  # these would tell less
+            return self.noted(replace(state, quadrature=replace(state.quadrature, group=None)))
+        if group.complete or spent or long or self._ends(finished):
+            return self.noted(finished)
+        return state
 
-    def _values(self, quadrature: Quadrature) -> tuple[Tensor, Tensor]:
-        """``n`` times each probe's quadrature of the logarithm, and how it moved lately."""
-        group = quadrature.group
+    def _finished(self, state: _State) -> _State:
+        """With the group at work among the finished ones; alone, if it knows all of the spectrum."""
+        group = state.quadrature.group
         assert group is not None
-        j = group.alpha.shape[0]
-        sums = [self._sum(*group.measure(steps)) for steps in (j, max(1, j - _EVERY))]
-        return sums[0], (sums[0] - sums[1]).abs() if j < self.A.shape[0] else 0 * sums[0]
+        gauss, quadrature = group.measure(), state.quadrature.finished()
+        if group.complete:
+            whole = (quadrature.nodes, quadrature.weights)
+            bounds = self._bounds(whole, whole)
+        else:
+            new = self._bounds(gauss, group.measure(_FLOOR * float(gauss[0].abs().max())))
+            old = (state.above, state.below, state.rounding)
+            bounds = [torch.cat(pair, -1) for pair in zip(old, new, strict=True)]
+        return _State(quadrature, bounds[0], bounds[1], bounds[2], state.history)
 
-    def _sum(self, nodes: Tensor, weights: Tensor) -> Tensor:
+    def _ends(self, finished: _State) -> bool:
+        """Whether more steps of the last probes are worth less than other probes, or nothing."""
+        if not math.isfinite(finished.gap):
+            return True
+        if not self._settled(finished):
+            return False
+        if not self.affordable or finished.history:
+            return True
+        band = self.judged(finished)
+        limit = 0.0 if self.rtol is None else self.rtol * abs(self.restored(band).value.item())
+        if band.error() <= limit:
+            return True
+        count, products = self.samples(finished), finished.products
+        if limit == 0.0 or not math.isfinite(band.error()):
+            return False
+        rounds = math.ceil(1.1 * count / self.block * ((band.error() / limit) ** 2 - 1))
+        return products + rounds * self.block * finished.quadrature.steps <= int(self.order)
+
+    def _bounds(self, gauss: Measure, radau: Measure) -> list[Tensor]:
+        smallest = self._rounding(gauss)
+        nodes, weights = gauss
         mass = weights > torch.finfo(torch.float64).tiny
-        if (nodes[mass] <= 0).any():
+        if (nodes[mass] <= -smallest).any():
             raise ValueError(
                 f"logdet expects a positive definite operator, but {self.A!r} has an eigenvalue at or "
-                f"below {nodes[mass].min().item():.2e}; add damping: A + c * Identity.like(A)"
+                f"below {nodes[mass].min().item() * self.source.unit:.2e}; "
+                "add damping: A + c * Identity.like(A)"
             )
-        n: int = self.A.shape[0]
-        logs: Tensor = (weights * torch.where(mass, nodes, 1.0).log()).sum(0)
-        return logs * n
+        above = _forms(nodes, weights, smallest)
+        rounding = smallest / 10 * (weights / nodes.clamp_min(smallest)).sum(0)
+        below = _forms(*radau, _FLOOR * float(nodes.abs().max()))
+        below[0] = torch.minimum(below[0], above[0])
+        below[0, (mass & (nodes <= smallest)).any(0)] = -torch.inf
+        return [above, below, rounding]
+
+    def _settled(self, state: _State) -> bool:
+        """Whether what the quadratures leave open is little beside what the probes do."""
+        allowed = 0.05 * (self.rtol or 0.0) * abs(float(state.above[0].mean()))
+        return state.gap <= max(self._deviation(state.above) / 25, allowed)
+
+    def _deviation(self, forms: Tensor) -> float:
+        """The standard deviation of a form over the sphere, by the trace of the logarithm's square.
+
+        It is far sharper than the spread of a few probes, which an end that depends on it would bias.
+        """
+        mean, square = forms.mean(1).tolist()
+        n = self.A.shape[0]
+        return math.sqrt(max(2 / (n + 2) * (square - mean**2), 0.0)) if mean > -math.inf else 0.0
+
+    def _rounding(self, measure: Measure) -> float:
+        """Ten roundings of the largest eigenvalue: what is smaller may be anything, even negative."""
+        return 10 * torch.finfo(self.A.torch_dtype).eps * float(measure[0].abs().max())
 
     def samples(self, state: _State) -> int:
-        return state.values.shape[0]
+        return state.above.shape[1]
 
     def read(self, state: _State) -> Band:
-        if state.quadrature.group is not None and state.values.shape[0] == 0:
-            band, open_end = _read(*self._values(state.quadrature))
-        else:
-            band, open_end = _read(state.values, state.open_ends)
-        return replace(band, low=band.low - open_end, high=band.high + open_end)
+        if state.quadrature.group is not None and self.samples(state) == 0:
+            state = self._finished(state)
+        n, count = self.A.shape[0], self.samples(state)
+        deviations = [self._deviation(forms) for forms in (state.above, state.below)]
+        error = 0.0 if state.quadrature.exact else max(deviations) / count**0.5
+        value, rounding = state.above[0].mean(), state.rounding.mean()
+        half = _TWO_SIDED * error + rounding
+        low, high = value - state.gap - half, value + half
+        return Band(n * value, n * torch.full_like(value, error), n * low, n * high)
 
-    def verdict(self, state: _State) -> Any:
-        return None if not state.history else super().verdict(state)
+    def restored(self, band: Band) -> Band:
+        shift = self.A.shape[0] * math.log(self.source.unit)
+        low, value, high = (part + shift for part in (band.low, band.value, band.high))
+        return Band(value, band.standard_error, low, high)
+
+    def measures(self, state: _State) -> tuple[float, float]:
+        band = self.band(state)
+        return band.size(), band.error()
+
+    def exhausted(self, state: _State) -> bool:
+        return state.quadrature.exact
+
+    def verdict(self, state: _State) -> Status | None:
+        if not state.history:
+            return None
+        if self.exhausted(state):
+            _, value, error = state.history[-1]
+            known = error <= max((self.rtol or 0.0) * value, self.order * _EXACT)
+            return "converged" if known else "low end unresolved"
+        return "low end unresolved" if self._in_vain(state) else super().verdict(state)
+
+    def named(self, state: _State, status: Status) -> Status:
+        return "low end unresolved" if status == "max products" and self._open(state) else status
+
+    def _open(self, state: _State) -> bool:
+        """Whether the low end of the spectrum is most of the interval."""
+        band = self.read(state)
+        return bool(band.value - band.low > 3 * (band.high - band.value))
+
+    def _in_vain(self, state: _State) -> bool:
+        """Whether no number of probes of so many steps would narrow the interval to what was asked."""
+        _, value, _ = state.history[-1]
+        return self.rtol is not None and self.A.shape[0] * state.gap / 2 > self.rtol * value
 
     def report(self, state: _State) -> str:
         group = state.quadrature.group
-        step = "" if group is None else f", step {group.alpha.shape[0]}"
+        step = "" if group is None else f", step {group.steps}"
         return (super().report(state) if state.history else "first probes") + step
 
-    def settings(self) -> Mapping[str, Any]:
-        return {**super().settings(), "steps": self.steps}
 
-    def pack(self, state: _State) -> dict[str, Any]:
-        packed = super().pack(state)
-        quadrature = {f"quadrature.{k}": v for k, v in packed.pop("quadrature").pack().items()}
-        return {**packed, **quadrature}
-
-    def unpack(self, saved: Mapping[str, Any]) -> _State:
-        prefix = "quadrature."
-        inner = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        outer = {k: v for k, v in saved.items() if not k.startswith(prefix)}
-        return super().unpack({**outer, "quadrature": Quadrature.unpack(inner)})
+_TWO_SIDED = 1.96  # standard errors, of 95 % of a normal distribution
+_FLOOR = torch.finfo(torch.float64).eps  # no eigenvalue is smaller, in units of the largest
+_EXACT = 1e-3  # to which all eigenvalues must tell their logarithms at least
 
 
-_EVERY = 4  # steps between two looks at the quadrature
+def _every(group: Recurrences | Block) -> int:
+    """Steps between two looks at the quadrature, which takes all of a shared space apart."""
+    return max(4, 2 ** (group.steps.bit_length() - 3)) if isinstance(group, Block) else 4
 
 
-def _read(values: Tensor, open_ends: Tensor) -> tuple[Band, Tensor]:
-    return mean(values), open_ends.mean()
+def _forms(nodes: Tensor, weights: Tensor, smallest: float) -> Tensor:
+    logs = nodes.clamp_min(smallest).log()
+    return torch.stack([(weights * logs).sum(0), (weights * logs**2).sum(0)])

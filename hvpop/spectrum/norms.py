@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
+from ..operators.arguments import Seed
 from . import operand, spread
 from .eigsh import eigsh
+from .known import Known
+from .measured import Measured
 from .results import Estimate
 from .sampling import Band, mean
 from .sketched import SplitSampling, SplitState
@@ -20,7 +24,7 @@ def frobenius_norm(
     rtol: float | None = 0.02,
     max_products: int = 400,
     block: int = 16,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Estimate:
@@ -55,9 +59,20 @@ def frobenius_norm(
 class _Frobenius(SplitSampling):
     name = "frobenius_norm"
 
+    def hopeless(self) -> bool:
+        # products with the transpose tell nothing of what is left: one cannot change one's mind
+        tight = self.rtol is not None and self.rtol < 0.01
+        large = self.order > 2 * self.unit * self.least
+        return super().hopeless() or (not self.A.symmetric and (tight or not large))
+
+    def of_matrix(self, known: Known) -> Tensor:
+        part: Tensor = torch.linalg.vector_norm(known.AQ, dtype=torch.float64).cpu()
+        extrapolated: Tensor = part * (self.order / max(1, known.count)) ** 0.5
+        return extrapolated
+
     def read(self, state: SplitState) -> Band:
-        inside = (state.split.Z**2).sum().cpu().double()
-        outside = mean((state.split.outside()[1] ** 2).sum(0).cpu().double())
+        inside = (state.split.Z**2).sum(dtype=torch.float64).cpu()
+        outside = mean((state.split.outside()[1] ** 2).sum(0, dtype=torch.float64).cpu())
         value = (inside + outside.value).sqrt()
         slope = 0.5 / value.clamp_min(torch.finfo(torch.float64).tiny)
         # Squares are skew; the logarithm of their mean is less so.
@@ -72,7 +87,7 @@ def spectral_norm(
     *,
     rtol: float = 1e-3,
     max_products: int = 400,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     data_error: bool = False,
@@ -105,7 +120,9 @@ def spectral_norm(
     4.0
     """
     A = operand.operator("spectral_norm", A)
-    S, cost = (A, 1) if A.symmetric else (A.T @ A, 2)
+    seed = arguments.seed("spectral_norm", seed)
+    source = Measured("spectral_norm", A)
+    S, cost = (source, 1) if A.symmetric else (source.T @ source, 2)
     if data_error:
         spread.required("spectral_norm", operand.symmetric("spectral_norm with data_error=True", A))
     found = eigsh(
@@ -115,11 +132,13 @@ def spectral_norm(
     if data_error:
         found = spread.of_eigenvalues("spectral_norm", A, found)
     theta, residual = found.eigenvalues[0].abs().item(), found.residuals[0].item()
-    power = 1 / cost  # of theta that is the norm
-    value, high = theta**power, (theta + residual) ** power
+
+    def norm(eigenvalue: float) -> float:
+        return float(source.unit * eigenvalue ** (1 / cost))
+
+    value, high = norm(theta), norm(theta + residual)
     history = tuple(
-        (cost * products, value, (theta + worst) ** power - value)
-        for products, worst in found.history
+        (cost * products, value, norm(theta + worst) - value) for products, worst in found.history
     )
     error = None if found.data_errors is None else found.data_errors[0].item()
     return Estimate(

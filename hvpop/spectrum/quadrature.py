@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from .sketch import extend
+
+Measure = tuple[Tensor, Tensor]
+"""Nodes and weights ``(m, b)``, float64 on the host; the weights of a column sum to one."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,16 @@ class Recurrences:
         none = torch.empty(0, V.shape[1], dtype=torch.float64)
         return Recurrences(torch.zeros_like(V), V, none, none)
 
+    @property
+    def steps(self) -> int:
+        """How many have been taken."""
+        return self.alpha.shape[0]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all eigenvalues are known, which two blocks cannot tell."""
+        return False
+
     def step(self, A: LinearOperator) -> Recurrences:
         """After one product more."""
         V = self.current
@@ -52,24 +66,93 @@ class Recurrences:
             torch.cat([self.beta, beta.cpu().double()[None]]),
         )
 
-    def measure(self, steps: int | None = None) -> tuple[Tensor, Tensor]:
-        """Nodes and weights ``(steps, b)``; the weights of a column sum to one."""
-        alpha = self.alpha[:steps]
-        beta = self.beta[: alpha.shape[0] - 1]
-        T = torch.diag_embed(alpha.T)
-        T = T + torch.diag_embed(beta.T, 1) + torch.diag_embed(beta.T, -1)
+    def measure(self, floor: float | None = None) -> Measure:
+        """Gauss's rule; with a ``floor`` below all eigenvalues Gauss and Radau's, with a node there."""
+        alpha, beta = self.alpha.T, self.beta.T
+        T = torch.diag_embed(alpha)
+        T = T + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
+        if floor is not None:
+            K = torch.zeros(T.shape[0], 1, T.shape[1], dtype=T.dtype)
+            K[:, 0, -1] = beta[:, -1]
+            T = _closed(T, K, floor)
         nodes, vectors = torch.linalg.eigh(T)
         return nodes.T, (vectors[:, 0, :] ** 2).T
+
+
+@dataclass(frozen=True)
+class Block:
+    """Block Lanczos from ``b`` vectors, orthogonalized: they share a space that ends as the whole one.
+
+    After ``n`` products ``T`` has the eigenvalues of ``A``, for a memory of ``n^2`` numbers.
+    """
+
+    Q: Tensor  # (n, m), orthonormal
+    current: Tensor  # (n, c), the directions to multiply next; none when all have been
+    T: Tensor  # Q' A Q, (m, m), float64 on the host like all that follows
+    coupling: Tensor  # current' A Q, (c, m)
+    first: Tensor  # Q' V for the unit vectors V of the start, (c, b) with the first c rows of Q'
+    steps: int = 0
+
+    @staticmethod
+    def begin(V: Tensor) -> Block:
+        """From columns ``(n, b)``, which are normalized."""
+        V = V / torch.linalg.vector_norm(V, dim=0)
+        X = torch.linalg.qr(V[:, : V.shape[0]])[0]
+        none = torch.empty(0, 0, dtype=torch.float64)
+        return Block(X[:, :0], X, none, none, (X.T @ V).cpu().double())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all eigenvalues are known."""
+        return self.current.shape[1] == 0
+
+    def step(self, A: LinearOperator) -> Block:
+        """After one block product more."""
+        F = A @ self.current
+        Q = torch.cat([self.Q, self.current], 1)
+        C = (Q.T @ F).cpu().double()
+        m = self.Q.shape[1]
+        C[m:] = (C[m:] + C[m:].T) / 2
+        T = torch.cat([torch.cat([self.T, C[:m]], 1), C.T], 0)
+        space = Q.shape[0] - Q.shape[1]
+        if space == 0:
+            return Block(Q, F[:, :0], T, T[:0], self.first, self.steps + 1)
+        E, _, R = extend(Q, F[:, :space])
+        coupling = torch.zeros(E.shape[1], Q.shape[1], dtype=torch.float64)
+        coupling[:, m : m + R.shape[1]] = R.cpu().double()
+        coupling[:, m + R.shape[1] :] = (E.T @ F[:, R.shape[1] :]).cpu().double()
+        return Block(Q, E, T, coupling, self.first, self.steps + 1)
+
+    def measure(self, floor: float | None = None) -> Measure:
+        """As for `Recurrences`; the nodes of all columns are the same."""
+        T = self.T
+        if floor is not None and not self.complete:
+            T = _closed(T[None], self.coupling[None], floor)[0]
+        nodes, vectors = torch.linalg.eigh(T)
+        weights = (vectors[: self.first.shape[0]].T @ self.first) ** 2
+        return nodes[:, None].expand_as(weights), weights / weights.sum(0)
+
+
+def _closed(T: Tensor, K: Tensor, floor: float) -> Tensor:
+    """``T`` with the border ``K`` and the corner that makes ``floor`` an eigenvalue of it (Golub 1973)."""
+    theta, S = torch.linalg.eigh(T)
+    KS = K @ S
+    # what is below the floor can be there by rounding only
+    gap = (theta - floor).clamp_min(torch.finfo(T.dtype).eps * theta.abs().amax(-1, keepdim=True))
+    corner = floor * torch.eye(K.shape[-2], dtype=T.dtype) + (KS / gap[..., None, :]) @ KS.mT
+    return torch.cat([torch.cat([T, K.mT], -1), torch.cat([K, corner], -1)], -2)
 
 
 @dataclass(frozen=True)
 class Quadrature:
     """Finished recurrences of earlier groups of probes, and those of the group at work."""
 
-    nodes: Tensor  # (steps, probes), float64 on the host
-    weights: Tensor  # (steps, probes), zero behind the end of a shorter one
-    group: Recurrences | None = None
+    nodes: Tensor  # (m, probes), float64 on the host
+    weights: Tensor  # (m, probes), zero behind the end of a shorter one
+    group: Recurrences | Block | None = None
     products: int = 0
+    steps: int = 0  # of the group that finished last
+    exact: bool = False  # whether the nodes are all eigenvalues of A, in one column
 
     @staticmethod
     def empty() -> Quadrature:
@@ -81,33 +164,40 @@ class Quadrature:
         """How many have finished."""
         return self.nodes.shape[1]
 
-    def stepped(self, A: LinearOperator, begin: Callable[[], Tensor]) -> Quadrature:
-        """After one step of the group at work, or of a new group of the probes that ``begin`` draws."""
-        group = self.group or Recurrences.begin(begin())
+    def stepped(self, A: LinearOperator, begin: Callable[[], Recurrences | Block]) -> Quadrature:
+        """After one step of the group at work, or of the new group that ``begin`` makes."""
+        group = self.group or begin()
         products = self.products + group.current.shape[1]
         return replace(self, group=group.step(A), products=products)
 
     def finished(self) -> Quadrature:
-        """With the group at work among the finished ones."""
-        if self.group is None:
+        """With the group at work among the finished ones, or all that is to be known."""
+        group = self.group
+        if group is None:
             return self
-        pairs = zip((self.nodes, self.weights), self.group.measure(), strict=True)
-        nodes, weights = (_side_by_side(old, new) for old, new in pairs)
-        return replace(self, nodes=nodes, weights=weights, group=None)
+        nodes, weights = group.measure()
+        if group.complete:
+            nodes, weights = nodes[:, :1], torch.full_like(nodes[:, :1], 1 / nodes.shape[0])
+        else:
+            pairs = ((self.nodes, nodes), (self.weights, weights))
+            nodes, weights = (_side_by_side(old, new) for old, new in pairs)
+        return Quadrature(nodes, weights, None, self.products, group.steps, group.complete)
 
     def pack(self) -> dict[str, Any]:
         """As plain values."""
         group = {} if self.group is None else {f"group.{k}": v for k, v in vars(self.group).items()}
-        return {"nodes": self.nodes, "weights": self.weights, "products": self.products, **group}
+        return {**{k: v for k, v in vars(self).items() if k != "group"}, **group}
 
     @staticmethod
     def unpack(saved: Mapping[str, Any]) -> Quadrature:
         """The inverse of `pack`."""
-        names = ("last", "current", "alpha", "beta")
-        group = None
-        if "group.last" in saved:
-            group = Recurrences(*(saved[f"group.{name}"] for name in names))
-        return Quadrature(saved["nodes"], saved["weights"], group, saved["products"])
+        group: Recurrences | Block | None = None
+        for kind in (Recurrences, Block):
+            names = [field.name for field in fields(kind)]
+            if all(f"group.{name}" in saved for name in names):
+                group = kind(*(saved[f"group.{name}"] for name in names))
+        own = [field.name for field in fields(Quadrature) if field.name != "group"]
+        return Quadrature(group=group, **{name: saved[name] for name in own})
 
 
 def _side_by_side(A: Tensor, B: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
+from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
+from .known import Known
 from .loop import Task, run
+from .measured import Measured
 from .results import Estimate, Status
 
 History = tuple[tuple[int, float, float], ...]
@@ -36,6 +39,10 @@ class Band:
     def size(self) -> float:
         """The norm of the value."""
         return float(torch.linalg.vector_norm(self.value))
+
+    def scaled(self, unit: float) -> Band:
+        """For a multiple of the operator."""
+        return Band(*(unit * part for part in vars(self).values()))
 
 
 def student(value: Tensor, standard_error: Tensor, samples: int) -> Band:
@@ -67,25 +74,47 @@ S = TypeVar("S", bound=SampledState)
 
 
 class Sampling(Task[S]):
-    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough."""
+    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough.
+
+    States are in units of `source`; what leaves a task is not.
+    """
 
     unit: int  # products for one probe
     least = 16  # probes before an error is believed
     state_type: type[S]
+    budget = 0  # products, set before the run
 
-    def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: int) -> None:
+    def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: Seed) -> None:
         arguments.positive(self.name, rtol=rtol)
         arguments.counts(self.name, block=block)
-        self.A, self.rtol, self.block, self.seed = A, rtol, block, seed
+        self.A, self.rtol, self.block = A, rtol, block
+        self.seed = arguments.seed(self.name, seed)
         self.dtype = working_dtype(A.torch_dtype)
+        self.source = Measured(self.name, A)
+        self.order = min(A.shape)  # as many products tell all of it
+
+    @property
+    def affordable(self) -> bool:
+        """Whether the budget is enough for the exact answer."""
+        return bool(self.order <= self.budget)
 
     @abstractmethod
     def read(self, state: S) -> Band:
-        """The estimate as it is now."""
+        """The estimate as it is now, of the operator in units of the source."""
+
+    def restored(self, band: Band) -> Band:
+        """What a band in units of the source says of the operator itself."""
+        return band.scaled(self.source.unit)
+
+    def judged(self, state: S) -> Band:
+        """`read`, or something better that a subclass knows."""
+        return self.read(state)
 
     def band(self, state: S) -> Band:
         """The estimate, with the rounding of the products in its band."""
-        band = self.read(state)
+        return self.restored(self.rounded(self.judged(state)))
+
+    def rounded(self, band: Band) -> Band:
         rounding = 10 * torch.finfo(self.dtype).eps * band.value.abs()
         return replace(band, low=band.low - rounding, high=band.high + rounding)
 
@@ -117,10 +146,14 @@ class Sampling(Task[S]):
         key = (self.seed, self.name, (placed - used) * self.unit, *key)
         return draw(n, count, *self.like().values(), *key, skip=used)
 
+    def measures(self, state: S) -> tuple[float, float]:
+        """The sizes of the estimate and of its error."""
+        band, unit = self.rounded(self.judged(state)), self.source.unit
+        return unit * band.size(), unit * band.error()
+
     def noted(self, state: S) -> S:
         """``state`` with its estimate added to the history."""
-        band = self.band(state)
-        entry = (state.products, band.size(), band.error())
+        entry = (state.products, *self.measures(state))
         return replace(state, history=(*state.history, entry))  # type: ignore[type-var]
 
     def verdict(self, state: S) -> Status | None:
@@ -131,6 +164,10 @@ class Sampling(Task[S]):
         _, value, error = state.history[-1]
         return "converged" if error <= self.rtol * value else None
 
+    def named(self, state: S, status: Status) -> Status:
+        """What to call an end that came by ``status``."""
+        return status
+
     def report(self, state: S) -> str:
         _, value, error = state.history[-1]
         return f"{value:.4g} +- {error:.1e}"
@@ -139,11 +176,14 @@ class Sampling(Task[S]):
         return {"block": self.block, "seed": self.seed}
 
     def pack(self, state: S) -> dict[str, Any]:
-        return {**super().pack(state), "history": [list(entry) for entry in state.history]}
+        history = [list(entry) for entry in state.history]
+        return {**super().pack(state), "history": history, "unit": self.source.unit}
 
     def unpack(self, saved: Mapping[str, Any]) -> S:
+        fields = dict(saved)
+        self.source.unit = fields.pop("unit")
         history = tuple((count, value, error) for count, value, error in saved["history"])
-        return self.state_type(**{**saved, "history": history})
+        return self.state_type(**{**fields, "history": history})
 
     def estimate(
         self, max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
@@ -161,13 +201,123 @@ class Sampling(Task[S]):
         return {"dtype": self.dtype, "device": self.A.device}
 
 
+class CompletableState(SampledState, Protocol):
+    """A state that remembers what its products tell of the whole matrix."""
+
+    @property
+    def known(self) -> Known: ...
+
+
+C = TypeVar("C", bound=CompletableState)
+
+
+class Completing(Sampling[C]):
+    """Sampling that remembers what its products tell, and ends with the whole matrix if need be.
+
+    That costs as many products as the order, those of the probes included. It is begun at once where
+    no error would be believed before, else while the probes are still well independent.
+    """
+
+    def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: Seed) -> None:
+        super().__init__(A, rtol, block, seed)
+        self.wide = A.shape[0] < A.shape[1]  # whose transpose is known sooner
+
+    @abstractmethod
+    def sampled(self, state: C, left: int) -> C:
+        """The state after a round of probes."""
+
+    @abstractmethod
+    def of_matrix(self, known: Known) -> Tensor:
+        """The value, from all of the matrix or of its transpose; an extrapolation from a part."""
+
+    def nothing(self) -> Known:
+        """What is known before the first product."""
+        return Known.nothing(self.source.T if self.wide else self.source, self.dtype)
+
+    def advance(self, state: C, left: int) -> C:
+        if self._completes(state):
+            known = state.known.completed(
+                self.source.T if self.wide else self.source, min(self.block, left)
+            )
+            products = state.products + known.count - state.known.count
+            return self.noted(replace(state, known=known, products=products))  # type: ignore[type-var]
+        remember = not self.wide and self.order <= max(self.budget, SMALL)
+        self.source.taken = [] if remember else None
+        state = self.sampled(state, left)
+        return self.noted(replace(state, known=self.learned(state)))  # type: ignore[type-var]
+
+    def learned(self, state: C) -> Known:
+        """What is known after the products of this round."""
+        known = state.known
+        for V, Y in self.source.taken or ():
+            known = known.learned(V, Y)
+        return known
+
+    def flat(self, state: C, E: Tensor) -> bool:
+        """Whether a basis ``E`` of what the products gave is nothing new, and all else can be had.
+
+        So it is for a multiple of the identity: its sketch says nothing, and samples of its rest vary.
+        """
+        known = self.learned(state)
+        whole = self.affordable and known.count > state.known.count
+        return whole and state.known.count == state.products and not known.adds(E)
+
+    def hopeless(self) -> bool:
+        """Whether sampling would cost as much as all of the matrix, as far as can be told before."""
+        return self.rtol is None or self.order <= self.unit * self.least
+
+    def price(self, state: C) -> int:
+        return 1 if self._completes(state) else self.unit
+
+    def exhausted(self, state: C) -> bool:
+        return bool(state.known.count == self.order)
+
+    def judged(self, state: C) -> Band:
+        """The exact value once there is one, what little is known before any probe, or the samples'."""
+        known, probes_ = state.known, self.samples(state)
+        if probes_ and not self.exhausted(state):
+            return self.read(state)
+        value = self.of_matrix(known)
+        if not self.exhausted(state):
+            return student(value, value, 0)
+        eps = torch.finfo(self.dtype).eps
+        rounding = 10 * eps ** (0.75 if probes_ else 1.0) * float(known.AQ.norm())
+        return Band(value, torch.zeros_like(value), value - rounding, value + rounding)
+
+    def _completes(self, state: C) -> bool:
+        if not self.affordable or state.known.count < state.products:
+            return False
+        begun = self.samples(state) * self.unit < state.products
+        late = state.products + self.unit * self.block > 3 * self.order // 4
+        return begun or late or self.hopeless()
+
+    def pack(self, state: C) -> dict[str, Any]:
+        packed = super().pack(state)
+        known = packed.pop("known")
+        return {**packed, "known.Q": known.Q, "known.AQ": known.AQ}
+
+    def unpack(self, saved: Mapping[str, Any]) -> C:
+        fields = dict(saved)
+        known = Known(fields.pop("known.Q"), fields.pop("known.AQ"))
+        return super().unpack({**fields, "known": known})
+
+
+SMALL = (
+    1024  # up to this order products are remembered though the budget is smaller: it may be raised
+)
+
+
 def sample(
     task: Sampling[S], max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
 ) -> tuple[S, Status]:
-    """`run`, after a check that the budget is enough for two probes."""
+    """`run`, after a check that the budget is enough for two probes or for all of the matrix."""
     arguments.counts(task.name, max_products=max_products)
-    if max_products < 2 * task.unit:
+    least = min(2 * task.unit, task.order)
+    if max_products < least:
         raise ValueError(
-            f"{task.name} expects max_products >= {2 * task.unit}, two probes, got {max_products}"
+            f"{task.name} expects max_products >= {least}, two probes, got {max_products}"
         )
-    return run(task, max_products=max_products, progress=progress, checkpoint=checkpoint)
+    task.budget = max_products
+    enough = min(max_products, task.order)
+    state, status = run(task, max_products=enough, progress=progress, checkpoint=checkpoint)
+    return state, task.named(state, status)

@@ -53,9 +53,8 @@ class LeaveOut:
         none = small.reshape(0)
         return LeaveOut(big, big, big, small, small, small, none, none)
 
-    def grown(self, A: LinearOperator, Omega: Tensor, *, keep: bool) -> LeaveOut:
-        """After two block products more; ``keep`` says whether to keep ``A Q``."""
-        Y = A @ Omega
+    def grown(self, A: LinearOperator, Omega: Tensor, Y: Tensor, *, keep: bool) -> LeaveOut:
+        """After another block product, with ``Y = A Omega``; ``keep`` says whether to keep ``A Q``."""
         E, C, R = extend(self.Q, Y)
         Z = A @ E
         Q = torch.cat([self.Q, E], 1)
@@ -96,17 +95,10 @@ class Split:
         rows, columns = (torch.empty(r, 0, dtype=dtype, device=A.device) for r in A.shape)
         return Split(columns, rows, columns, rows)
 
-    def grown(self, A: LinearOperator, sketch: Tensor, G: Tensor) -> Split:
-        """After three products more for each probe; ``sketch`` has A's rows, ``G`` its columns."""
-        count = G.shape[1]
-        if A.symmetric:  # one pass for both
-            both = A @ torch.cat([sketch, G], 1)
-            Y, AG = both[:, :count], both[:, count:]
-        else:
-            Y, AG = A.T @ sketch, A @ G
-        space = self.Q.shape[0] - self.Q.shape[1]
-        E, _, _ = extend(self.Q, Y[:, :space])
-        pairs = ((self.Q, E), (self.Z, A @ E if space else Y[:, :0]), (self.G, G), (self.AG, AG))
+    def grown(self, A: LinearOperator, Y: Tensor, G: Tensor, AG: Tensor) -> Split:
+        """After a product more for each probe; ``Y`` is a sketch of the rows."""
+        E, _, _ = extend(self.Q, Y)
+        pairs = ((self.Q, E), (self.Z, A @ E), (self.G, G), (self.AG, AG))
         return Split(*(torch.cat(pair, 1) for pair in pairs))
 
     def outside(self) -> tuple[Tensor, Tensor]:

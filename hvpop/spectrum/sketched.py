@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import probes
-from .sampling import History, Sampling
-from .sketch import LeaveOut, Split
+from .known import Known
+from .sampling import Completing, History
+from .sketch import LeaveOut, Split, extend
 
 
 @dataclass(frozen=True)
@@ -18,30 +20,36 @@ class SplitState:
     """A `Split`, with its price and past."""
 
     split: Split
+    known: Known
     products: int = 0
     history: History = ()
 
 
-class SplitSampling(Sampling[SplitState]):
+class SplitSampling(Completing[SplitState]):
     """Rounds of a `Split`: a sketch, its basis, and probes for what is outside."""
 
     unit, state_type = 3, SplitState
 
     def start(self) -> SplitState:
-        return SplitState(Split.empty(self.A, self.dtype))
+        return SplitState(Split.empty(self.A, self.dtype), self.nothing())
 
-    def advance(self, state: SplitState, left: int) -> SplitState:
+    def sampled(self, state: SplitState, left: int) -> SplitState:
         (m, n), affordable = self.A.shape, left // self.unit
         sketch = self.drawn(probes.gaussian, m, state, affordable, "sketch")
         G = self.drawn(probes.signs, n, state, affordable, "probe")
-        split = state.split.grown(self.A, sketch, G)
-        return self.noted(SplitState(split, state.products + 3 * G.shape[1], state.history))
+        A, count = self.source, G.shape[1]
+        if A.symmetric:  # one pass for both
+            both = A @ torch.cat([sketch, G], 1)
+            Y, AG = both[:, :count], both[:, count:]
+        else:
+            Y, AG = A.T @ sketch, A @ G
+        if self.flat(state, extend(state.split.Q, Y)[0]):
+            return replace(state, products=state.products + 2 * count)
+        split = state.split.grown(A, Y, G, AG)
+        return replace(state, split=split, products=state.products + 3 * count)
 
     def samples(self, state: SplitState) -> int:
         return state.split.G.shape[1]
-
-    def exhausted(self, state: SplitState) -> bool:
-        return state.split.Q.shape[1] == state.split.Q.shape[0]
 
     def pack(self, state: SplitState) -> dict[str, Any]:
         packed = super().pack(state)
@@ -58,32 +66,34 @@ class LeaveOutState:
     """A `LeaveOut`, with its price and past."""
 
     sketch: LeaveOut
+    known: Known
     products: int = 0
     history: History = ()
 
 
-class LeaveOutSampling(Sampling[LeaveOutState]):
+class LeaveOutSampling(Completing[LeaveOutState]):
     """Rounds of a `LeaveOut` sketch, in which every probe is left out in turn."""
 
     unit, state_type = 2, LeaveOutState
     keep = False  # whether the estimate needs A Q itself
 
     def start(self) -> LeaveOutState:
-        return LeaveOutState(LeaveOut.empty(self.A.shape[0], self.dtype, self.A.device))
+        empty = LeaveOut.empty(self.A.shape[0], self.dtype, self.A.device)
+        return LeaveOutState(empty, self.nothing())
 
     draw: Callable[..., Tensor]  # one of the functions of `probes`
 
-    def advance(self, state: LeaveOutState, left: int) -> LeaveOutState:
-        n, N = state.sketch.Q.shape
-        Omega = self.drawn(self.draw, n, state, min(left // self.unit, n - N))
-        sketch = state.sketch.grown(self.A, Omega, keep=self.keep)
-        return self.noted(LeaveOutState(sketch, state.products + 2 * Omega.shape[1], state.history))
+    def sampled(self, state: LeaveOutState, left: int) -> LeaveOutState:
+        n = self.A.shape[0]
+        Omega = self.drawn(self.draw, n, state, left // self.unit)
+        Y = self.source @ Omega
+        if self.keep and self.flat(state, extend(state.sketch.Q, Y)[0]):
+            return replace(state, products=state.products + Omega.shape[1])
+        sketch = state.sketch.grown(self.source, Omega, Y, keep=self.keep)
+        return replace(state, sketch=sketch, products=state.products + 2 * Omega.shape[1])
 
     def samples(self, state: LeaveOutState) -> int:
         return state.sketch.Q.shape[1]
-
-    def exhausted(self, state: LeaveOutState) -> bool:
-        return state.sketch.Q.shape[1] == state.sketch.Q.shape[0]
 
     def pack(self, state: LeaveOutState) -> dict[str, Any]:
         packed = super().pack(state)

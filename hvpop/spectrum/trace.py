@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ..operators.arguments import Seed
 from . import operand, probes, spread
+from .known import Known
 from .results import Estimate
-from .sampling import Band, History, Sampling, mean, student
+from .sampling import Band, C, Completing, History, Sampling, mean, student
 from .sketch import LeaveOut
 from .sketched import LeaveOutSampling, LeaveOutState, SplitSampling, SplitState
 
@@ -26,7 +28,7 @@ def trace(
     rtol: float | None = 0.02,
     max_products: int = 400,
     block: int = 16,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     data_error: bool = False,
@@ -87,7 +89,7 @@ def trace(
     if data_error:
         spread.required("trace", task.A)
     found = task.estimate(max_products, progress, checkpoint)
-    return spread.of_trace(task.A, found, block, seed) if data_error else found
+    return spread.of_trace(task.A, found, block, task.seed) if data_error else found
 
 
 @dataclass(frozen=True)
@@ -95,23 +97,29 @@ class _Samples:
     """Independent samples of a number or of one for every entry."""
 
     values: Tensor  # (N,), float64 on the host
+    known: Known
     products: int = 0
     history: History = ()
 
 
-class _Hutchinson(Sampling[_Samples]):
+class _Trace(Completing[C]):
+    def of_matrix(self, known: Known) -> Tensor:
+        part: Tensor = (known.Q * known.AQ).sum().cpu().double()
+        extrapolated: Tensor = part * (self.order / max(1, known.count))
+        return extrapolated
+
+
+class _Hutchinson(_Trace[_Samples]):
     name, unit, state_type = "trace by hutchinson", 1, _Samples
     least = 32  # their spread varies more than that of what a sketch leaves over
 
     def start(self) -> _Samples:
-        return _Samples(torch.empty(0, dtype=torch.float64))
+        return _Samples(torch.empty(0, dtype=torch.float64), self.nothing())
 
-    def advance(self, state: _Samples, left: int) -> _Samples:
+    def sampled(self, state: _Samples, left: int) -> _Samples:
         V = self.drawn(probes.signs, self.A.shape[0], state, left)
-        values = (V * (self.A @ V)).sum(0).cpu().double()
-        return self.noted(
-            _Samples(torch.cat([state.values, values]), state.products + V.shape[1], state.history)
-        )
+        values = torch.cat([state.values, (V * (self.source @ V)).sum(0).cpu().double()])
+        return replace(state, values=values, products=state.products + V.shape[1])
 
     def samples(self, state: _Samples) -> int:
         return state.values.shape[0]
@@ -120,7 +128,7 @@ class _Hutchinson(Sampling[_Samples]):
         return mean(state.values)
 
 
-class _HutchPlusPlus(SplitSampling):
+class _HutchPlusPlus(SplitSampling, _Trace[SplitState]):
     name = "trace by hutch++"
 
     def read(self, state: SplitState) -> Band:
@@ -131,7 +139,7 @@ class _HutchPlusPlus(SplitSampling):
         return Band(band.value + inside, band.standard_error, band.low + inside, band.high + inside)
 
 
-class _XTrace(LeaveOutSampling):
+class _XTrace(LeaveOutSampling, _Trace[LeaveOutState]):
     name = "trace by xtrace"
 
     draw = staticmethod(probes.sphere)
@@ -144,9 +152,6 @@ class _XTrace(LeaveOutSampling):
         ``cov(t_i, t_j) = E (t_i - t_ij)(t_j - t_ji)``, because the rest has mean zero given either.
         A negative estimate of it is taken as zero.
         """
-        if self.exhausted(state):  # nothing is outside of the sketch
-            exact = state.sketch.H.trace()
-            return student(exact, torch.zeros_like(exact), 2)
         one, two = _leave_out_traces(state.sketch, self.A.shape[0])
         N = one.shape[0]
         if N < 2:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from ..exchange import Exchange
 
 Params = dict[str, Tensor]
 """A point, a direction or a product: parameter name -> tensor."""
@@ -72,21 +74,44 @@ class grad_enabled(AbstractContextManager[None]):  # noqa: N801 (used like a fun
     """Grad mode on and autocast off, whatever the caller is in (``inference_mode`` included)."""
 
     def __enter__(self) -> None:
-        self._undo: ExitStack | None = None
+        self._exchange: _GradEnabled | None = None
         autocast = [d for d in _AUTOCAST if torch.is_autocast_enabled(d)]
         if autocast or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            self._undo = ExitStack()
-            self._undo.enter_context(torch.inference_mode(False))
-            self._undo.enter_context(torch.enable_grad())
-            for device in autocast:  # would make the products bf16-accurate
-                self._undo.enter_context(torch.autocast(device, enabled=False))
+            self._exchange = _GradEnabled(autocast)
+            self._exchange.__enter__()
 
     def __exit__(self, *exception: object) -> None:
-        if self._undo is not None:
-            self._undo.close()
+        if self._exchange is not None:
+            self._exchange.__exit__()
+
+
+class _GradEnabled(Exchange):
+    def __init__(self, autocast: list[str]) -> None:
+        super().__init__()
+        self._autocast = autocast
+
+    def _change(self) -> None:
+        for device in self._autocast:  # would make the products bf16-accurate
+            self._noted(torch.set_autocast_enabled, device, True)
+            torch.set_autocast_enabled(device, False)
+        if torch.is_inference_mode_enabled():
+            mode = torch.inference_mode(False)
+            self._noted(mode.__exit__, None, None, None)
+            mode.__enter__()
+        self._noted(torch._C._set_grad_enabled, torch.is_grad_enabled())
+        torch._C._set_grad_enabled(True)
 
 
 _AUTOCAST = ("cpu", "cuda")
+
+
+def at(fn: ScalarFunction, params: Params, *args: object) -> AbstractContextManager[None]:
+    """What has to be in force while derivatives of a function are taken, backward passes included.
+
+    A function whose backward pass may look at more than its arguments has a method ``at``.
+    """
+    enter = getattr(fn, "at", None)
+    return nullcontext() if enter is None else enter(params, *args)
 
 
 def leaves(params: Params, *, differentiable: bool) -> Params:
@@ -124,3 +149,12 @@ def filled(names: Params, results: tuple[Tensor | None, ...], k: int | None = No
             result = like.new_zeros(like.shape if k is None else (k, *like.shape))
         filled_in[name] = result.to_dense() if result.is_sparse else result
     return filled_in
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on any device."""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, aligned, grad_enabled
 from .compiling.program import Program, Run, first_line
 from .compiling.tracing import UntraceableError
-from .reverse import ReverseOverReverse
+from .referee import generic
+from .reverse import ReverseOverReverse, Untested
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _MOST_PROGRAMS = 64  # kept; functions made anew for each call would pile up otherwise
@@ -155,7 +156,7 @@ class Compiled(HVPStrategy):
                 filled[place] = tensor
             point = dict(zip(params, tensors, strict=False))
             v = dict(zip(params, tensors[n + len(places) :], strict=True))
-            linear = ReverseOverReverse().linearize(fn, point, *tree_unflatten(filled, structure))
+            linear = Untested().linearize(fn, point, *tree_unflatten(filled, structure))
             return list(linear(v).values())
 
         inputs = [*params.values(), *_tensors(args)]
@@ -220,7 +221,7 @@ class _Map(LinearMap):
 
     def _prove(self) -> None:
         """Compare with the strategy in a direction that has a part along every eigenvector."""
-        w = _generic(self._params)
+        w = generic(self._params)
         expected = list(self._strategys()(w).values())
         if not all(bool(t.isfinite().all()) for t in expected):
             return
@@ -232,7 +233,7 @@ class _Map(LinearMap):
     def _run_for_blocks(self) -> Run | None:
         """The program for `BLOCK` columns, compared once with that for one."""
         if not self._program.columns_proven:
-            W = self._ordered(_generic(self._params, BLOCK))
+            W = self._ordered(generic(self._params, BLOCK))
             with _undifferentiated():
                 self._compiled.complain(self._program.prove_columns(self._residuals, W))
         return self._program.run_columns
@@ -248,15 +249,6 @@ class _Map(LinearMap):
 
     def _named(self, result: Sequence[Tensor]) -> Params:
         return dict(zip(self._params, result, strict=True))
-
-
-def _generic(params: Params, *k: int) -> Params:
-    """A direction like any other, or k of them, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn((*k, *p.shape), dtype=p.dtype, generator=generator).to(p.device)
-        for name, p in params.items()
-    }
 
 
 def _signature(arguments: object) -> tuple[Hashable, ...]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled, leaves
+from ..exchange import Ungraded
+from .base import (
+    HVPStrategy,
+    LinearMap,
+    Params,
+    ScalarFunction,
+    at,
+    filled,
+    grad_enabled,
+    leaves,
+    plain,
+)
+from .graphs import nodes_of
 from .rounding import rounding
 
 
@@ -77,18 +89,35 @@ class _GradientDifference(LinearMap):
 
     def _gradient(self, v: Params, h: float) -> Params:
         with grad_enabled():
-            point = leaves(self._point, differentiable=self._differentiable)
-            if self._differentiable:
-                moved = {name: p + h * v[name] for name, p in point.items()}
-            else:
-                moved = {n: (p.detach() + h * v[n]).requires_grad_() for n, p in point.items()}
-            loss = self._fn(moved, *self._args)
-            if not loss.requires_grad:
-                return filled(moved, (None,) * len(moved))
-            gradient = torch.autograd.grad(
-                loss, list(moved.values()), create_graph=self._differentiable, allow_unused=True
-            )
+            if not self._differentiable:
+                moved = {n: p.detach() + h * v[n] for n, p in self._point.items()}
+                return first_gradient(self._fn, moved, self._args)
+            point = leaves(self._point, differentiable=True)
+            moved = {name: p + h * v[name] for name, p in point.items()}
+            with at(self._fn, moved, *self._args):
+                loss = self._fn(moved, *self._args)
+                if not loss.requires_grad:
+                    return filled(moved, (None,) * len(moved))
+                gradient = torch.autograd.grad(
+                    loss, list(moved.values()), create_graph=True, allow_unused=True
+                )
         return filled(moved, gradient)
+
+
+def first_gradient(fn: ScalarFunction, point: Params, args: tuple[object, ...]) -> Params:
+    """The gradient at ``point`` by ``backward()``: what hooks and Functions add past the graph counts.
+
+    Leaves nothing in any other tensor.
+    """
+    leaf = {name: plain(p).detach().requires_grad_() for name, p in point.items()}
+    with grad_enabled(), at(fn, leaf, *args):
+        loss = fn(leaf, *args)
+        if loss.requires_grad:
+            strangers = [n.variable for n in nodes_of([loss]) if hasattr(n, "variable")]
+            with Ungraded([*leaf.values(), *strangers]):
+                loss.backward()
+                return filled(leaf, tuple(p.grad for p in leaf.values()))
+    return filled(leaf, (None,) * len(leaf))
 
 
 def _norm(tensors: Params) -> float:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
+from ..exchange import Exchange, dual_level
+from ..interception import Interception, Table
+from .authored import hold_against_differences, refuse_hidden, ungraded
 from .base import (
     HVPStrategy,
     LinearMap,
     Params,
     ScalarFunction,
+    at,
     filled,
     grad_enabled,
     leaves,
     plain,
 )
-from .graphs import explained
+from .graphs import NoSecondDerivativeError, explained
 from .reverse import ReverseOverReverse
 from .rounding import rounding
 
@@ -72,21 +74,22 @@ class _TangentOfGradient(LinearMap):
         self._differentiable = differentiable
 
     def __call__(self, v: Params) -> Params:
-        with grad_enabled(), forward_ad.dual_level():
+        with grad_enabled(), dual_level():
             point = leaves(self._params, differentiable=self._differentiable)
-            with explained(self._strategy):
+            with explained(self._strategy), ungraded(self._fn, point):
                 dual = {
                     n: forward_ad.make_dual(p, plain(v[n]).to(p.dtype)) for n, p in point.items()
                 }
-                with _ForwardMode():
+                with _ForwardMode(), at(self._fn, dual, *self._args):
                     loss = self._fn(dual, *self._args)
-                if not loss.requires_grad:
-                    return filled(point, (None,) * len(point))
-                # create_graph even though no third derivative is wanted: without it some backward
-                # formulas take shortcuts that drop tangents (linalg.solve) or raise (silu).
-                gradient = torch.autograd.grad(
-                    loss, list(dual.values()), create_graph=True, allow_unused=True
-                )
+                    if not loss.requires_grad:
+                        return filled(point, (None,) * len(point))
+                    # create_graph even though no third derivative is wanted: without it some backward
+                    # formulas take shortcuts that drop tangents (linalg.solve) or raise (silu).
+                    gradient = torch.autograd.grad(
+                        loss, list(dual.values()), create_graph=True, allow_unused=True
+                    )
+                    refuse_hidden(self._strategy, self._fn, point, loss)
                 tangents = tuple(
                     None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient
                 )
@@ -112,10 +115,15 @@ class _ComparedOnce(LinearMap):
         product = self._linear(v)
         if self._strategy.compared != self._fn:
             self._strategy.compared = self._fn
-            reference = None
-            with suppress(Exception):  # an op without a double backward, or no memory for a graph
+            try:
                 reference = ReverseOverReverse().linearize(self._fn, self._params, *self._args)(v)
-            if reference is not None:
+            except NoSecondDerivativeError:
+                hold_against_differences(
+                    self._strategy, self._fn, self._params, self._args, self._linear
+                )
+            except Exception:  # no memory for a graph
+                return product
+            else:
                 _compare(product, reference, v)
         return product
 
@@ -133,43 +141,39 @@ def _compare(product: Params, reference: Params, v: Params) -> None:
         )
 
 
-class _ForwardMode(TorchFunctionMode):
+class _ForwardMode(Interception):
     """What torch's forward mode does not do by itself.
 
     Under ``torch.no_grad()`` tangents stop as gradients do; torch lets them through. Recurrent
     layers run without oneDNN, whose kernels for them have no forward derivative; torch's own have.
     """
 
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        torch._C._set_fwd_grad_enabled(True)
+    def __init__(self) -> None:
+        super().__init__(_FORWARD)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _RECURRENT:
-            with _without_onednn():
-                return func(*args, **(kwargs or {}))
-        if func is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(*args)
-        return func(*args, **(kwargs or {}))
+    def _change(self) -> None:
+        self._noted(torch._C._set_fwd_grad_enabled, True)
+        super()._change()
 
 
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+def _without_onednn(op: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _NoOneDNN():
+            return op(*args, **kwargs)
+
+    return called
 
 
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+class _NoOneDNN(Exchange):
+    def _change(self) -> None:
+        self._noted(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+
+
+_FORWARD: Table = {
+    torch._C._set_grad_enabled: torch._C._set_fwd_grad_enabled,  # which returns None
+    **{op: _without_onednn(op) for op in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+}
 
 
 @cache

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .authored import NOTHING, authored, hold_against_differences, refuse_hidden, ungraded
 from .base import (
     HVPStrategy,
     LinearMap,
     Params,
     ScalarFunction,
     aligned,
+    at,
     filled,
     grad_enabled,
     leaves,
+    out_of_memory,
 )
 from .graphs import check_graph, explained
 from .rounding import FLOAT32_TOLERANCE, reordered, rounding
@@ -50,6 +54,7 @@ class ReverseOverReverse(HVPStrategy):
 
     def __init__(self) -> None:
         self._known: ScalarFunction | None = None
+        self._proven: frozenset[object] = NOTHING  # of what this function passes
         self.batches_columns: bool | None = None
         """Whether columns can be batched, for the function at work; None: not tried yet."""
 
@@ -58,16 +63,43 @@ class ReverseOverReverse(HVPStrategy):
     ) -> LinearMap:
         with grad_enabled(), explained(self):
             point = leaves(params, differentiable=differentiable)
-            loss = fn(point, *args)
-            gradient: tuple[Tensor | None, ...] = (None,) * len(point)
-            if loss.requires_grad:
-                gradient = torch.autograd.grad(
-                    loss, list(point.values()), create_graph=True, allow_unused=True
-                )
-            if self._known != fn:  # once for a function is enough; a walk costs like a small net
-                check_graph(self, [loss, *(g for g in gradient if g is not None)])
-                self._known, self.batches_columns = fn, None
-        return _DoubleBackward(self, point, gradient, args, differentiable)
+            with at(fn, point, *args), ungraded(fn, point):
+                loss = fn(point, *args)
+                gradient: tuple[Tensor | None, ...] = (None,) * len(point)
+                if loss.requires_grad:
+                    gradient = torch.autograd.grad(
+                        loss, list(point.values()), create_graph=True, allow_unused=True
+                    )
+                refuse_hidden(self, fn, point, loss)
+        linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
+        self._examine(fn, params, args, linear, [loss, *(g for g in gradient if g is not None)])
+        return linear
+
+    def _examine(
+        self,
+        fn: ScalarFunction,
+        params: Params,
+        args: tuple[object, ...],
+        linear: LinearMap,
+        tensors: list[Tensor],
+    ) -> None:
+        """Look at a graph for what would make its derivative wrong, where that is new."""
+        if self._known != fn:
+            self._known, self._proven, self.batches_columns = fn, NOTHING, None
+        elif not hasattr(fn, "at"):
+            return  # it cannot be told from what it was: once is enough
+        new = authored(fn, tensors[0]) - self._proven
+        if new:
+            check_graph(self, tensors)
+            hold_against_differences(self, fn, params, args, linear)
+            self._proven |= new
+
+
+class Untested(ReverseOverReverse):
+    """For tracing: there are no numbers to hold against differences."""
+
+    def _examine(self, *args: Any) -> None:
+        return None
 
 
 class _DoubleBackward(LinearMap):
@@ -76,12 +108,13 @@ class _DoubleBackward(LinearMap):
     def __init__(
         self,
         strategy: ReverseOverReverse,
+        fn: ScalarFunction,
         point: Params,
         gradient: tuple[Tensor | None, ...],
         args: tuple[object, ...],
         differentiable: bool,
     ) -> None:
-        self._strategy = strategy
+        self._strategy, self._fn = strategy, fn
         self._point = point
         self._args = args
         self._create_graph = differentiable
@@ -120,7 +153,9 @@ class _DoubleBackward(LinearMap):
         k = next(iter(V.values())).shape[0]
         try:
             products = self._pull_back([V[name] for name in self._names], k)
-        except (RuntimeError, NotImplementedError):
+        except Exception as error:  # whatever a batching rule runs into
+            if out_of_memory(error):
+                raise
             strategy.batches_columns = False
             return None
         if strategy.batches_columns is None:
@@ -139,7 +174,8 @@ class _DoubleBackward(LinearMap):
     def _pull_back(self, cotangents: list[Tensor], k: int | None = None) -> Params:
         if not self._gradient:
             return filled(self._point, (None,) * len(self._point), k)
-        with grad_enabled(), explained(self._strategy):
+        fn, point, args = self._fn, self._point, self._args
+        with grad_enabled(), explained(self._strategy), at(fn, point, *args):
             try:
                 products = self._vjp(cotangents, k)
             except RuntimeError as error:

@@ -93,8 +93,8 @@ def test_traces_follow_changes(change: Callable[[nn.Sequential, Any], None], liv
 def test_a_description_tells_changes(change: Callable[[nn.Sequential, Any], None]) -> None:
     net, loss = model(), Weighted()
 
-    def described() -> list[Any]:
-        return [*(settings_of(m, 1) for m in net.modules()), settings_of(loss, 3)]
+    def described() -> Any:
+        return settings_of(*net.modules(), loss)
 
     before = described()
     assert described() == before
@@ -121,8 +121,8 @@ def test_what_is_no_number_is_compared_too() -> None:
             self.endless.append(self.endless)
 
     odd = Odd()
-    assert settings_of(odd, 3) == settings_of(odd, 3)
-    assert settings_of(odd, 3) != settings_of(Odd(), 3)
+    assert settings_of(odd) == settings_of(odd)
+    assert settings_of(odd) != settings_of(Odd())
     long = [0] * 100_000
-    assert settings_of(long, 1) == settings_of(long, 1)
-    assert settings_of(long, 1) != settings_of(list(long), 1)
+    assert settings_of(long) == settings_of(long)
+    assert settings_of(long) != settings_of(list(long))

@@ -188,7 +188,7 @@ def test_the_modes_of_the_caller_make_no_difference(caller: str, strategy: Any) 
         if isinstance(strategy, FiniteDifference):  # joined batches round differently
             tolerance = 1e-2 if single else 1e-7
         else:
-            tolerance = 1e-6 if single else 1e-12
+            tolerance = 1e-5 if single else 1e-12  # rounding; autocast would make it 1e-2
         assert error(live, expected) < tolerance
         assert error(linearized, expected) < tolerance
         assert error(again, expected[:, 0]) < tolerance

@@ -49,6 +49,17 @@ def grad_of_jvp(f: Function, p: Params) -> Product:
     return lambda v: grad(lambda q: jvp(f, (q,), (v,))[1])(p)
 
 
+def backward_twice(f: Function, p: Params) -> Product:
+    leaves = {n: t.detach().requires_grad_() for n, t in p.items()}
+    gradient = torch.autograd.grad(f(leaves), list(leaves.values()), create_graph=True)
+
+    def product(v: Params) -> Params:
+        found = torch.autograd.grad(gradient, list(leaves.values()), list(v.values()), True)
+        return dict(zip(p, found, strict=True))
+
+    return product
+
+
 def dual_without_graph(f: Function, p: Params) -> Product:
     def product(v: Params) -> Params:
         with forward_ad.dual_level():
@@ -231,8 +242,14 @@ SICK: dict[str, tuple[Callable[[], HessianOperator], str]] = {
         lambda: operator(around(solved), strategy=By(dual_without_graph)),
         "finite differences",
     ),
-    "saved derivative": (lambda: operator(around(Saved.apply)), "finite differences"),
-    "derivative by numpy": (lambda: operator(around(ByNumpy.apply)), "finite differences"),
+    "saved derivative": (
+        lambda: operator(around(Saved.apply), strategy=By(backward_twice)),
+        "finite differences",
+    ),
+    "derivative by numpy": (
+        lambda: operator(around(ByNumpy.apply), strategy=By(backward_twice)),
+        "finite differences",
+    ),
     "once_differentiable": (lambda: operator(around(OnceOnly.apply)), "once_differentiable"),
     "detach": (lambda: operator(around(lambda x: x * x.detach().cos())), "finite differences"),
     "no_grad": (lambda: operator(around(without_grad)), "finite differences"),

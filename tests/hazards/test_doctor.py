@@ -46,18 +46,12 @@ def test_the_wrong_double_backward_of_weight_norm_is_found(monkeypatch: Any) -> 
 def test_a_reentrant_checkpoint_left_in_place_is_found(monkeypatch: Any) -> None:
     monkeypatch.setattr(TwiceDifferentiable, "_run_checkpoints_plainly", lambda self: None)
     result = operator(Reentrant()).check()
-    assert "finite differences" in said(result, "wrong")
-    assert "parameters without gradient: body.0.weight" in said(result, "note")
+    assert "ReverseOverReverse(): cannot be used" in said(result, "note")
+    assert result.healthy  # by differences, which see what a backward pass inside adds
 
 
 def test_forward_mode_that_sees_through_no_grad_is_told_apart(monkeypatch: Any) -> None:
-    class Nothing(forward._ForwardMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    monkeypatch.setattr(forward, "_ForwardMode", Nothing)
+    monkeypatch.delitem(forward._FORWARD, torch._C._set_grad_enabled)
     result = operator(around(without_grad)).check()
     assert not result.healthy
     assert "ReverseOverReverse(): is off by" in said(result, "note")  # where forward mode is not
@@ -94,7 +88,7 @@ def test_an_op_without_second_derivative_is_named(
     assert repr(H.strategy) == "ReverseOverReverse()"  # steps down are the operator's own to take
 
 
-def test_kinks_are_no_fault_of_the_operator() -> None:
+def test_kinks_are_no_fault_of_the_operator_and_leave_it_open() -> None:
     model, data = mlp(), [labelled()]
     with torch.no_grad():
         model[0].weight[:, 0] = 0.0  # where abs has a kink
@@ -103,8 +97,9 @@ def test_kinks_are_no_fault_of_the_operator() -> None:
         return F.cross_entropy(z, t) + 0.1 * model[0].weight.abs().sum()
 
     result = HessianOperator(model, penalized, data).check()
-    assert result.healthy
-    assert "there are kinks near the point" in said(result, "note")
+    assert result.verdict == "undecided, nothing wrong was found: finite differences of gradients"
+    assert not result.healthy
+    assert "there are kinks near the point" in said(result, "open")
 
 
 def test_a_parameter_that_nothing_uses_is_named() -> None:

@@ -83,11 +83,42 @@ def test_half_precision_is_warned_about_and_summed_in_single() -> None:
     exact = nn.Linear(4, 3, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     expected = truth(exact, batch[0].double(), y) @ v.double()
-    assert error(H @ v.float(), expected) < 0.01
+    assert error(H @ v.float(), expected) < 4 * torch.finfo(torch.bfloat16).eps
     one, stuck = truth(model, *batch) @ v, torch.zeros_like(v)
     for _ in range(600):
         stuck += one  # at 256 times one, where the next number is two further
     assert error(stuck / 600, expected) > 0.3
+
+
+@pytest.mark.parametrize("exponent", [-90, -30, 20, 90])
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_float16_parameters_take_vectors_beyond_their_range(all_of_it: bool, exponent: int) -> None:
+    """From 6e-8 to 65504; by a power of two, so that nothing is rounded differently."""
+    first, last = mlp(4, 5, 5, torch.float16), mlp(5, 4, 3, torch.float16)
+    x, y = labelled()
+    if all_of_it:
+        with pytest.warns(UserWarning, match="two or three digits"):
+            H = HessianOperator(nn.Sequential(first, last), LOSS, [(x.half(), y)])
+    else:
+        model = nn.Sequential(first, Apply(Tensor.float), last.float())
+        H = HessianOperator(model, LOSS, [(x.half(), y)])
+        assert H.torch_dtype is torch.float32
+    v, scale = vector(H.risk.model).float(), 2.0**exponent
+    for A in (H, H.linearize()):
+        for w in (v, torch.stack([v, v.flip(0)], 1)):
+            assert torch.equal(A @ (scale * w), scale * (A @ w))
+    forms, scaled = (H.batch_forms(c * v.unsqueeze(1)).values for c in (1.0, scale))
+    assert torch.equal(scaled, scale**2 * forms)
+
+
+def test_a_vector_that_is_not_finite_is_still_named_in_float16() -> None:
+    model, (x, y) = mlp(4, 3, dtype=torch.float16), labelled()
+    with pytest.warns(UserWarning, match="two or three digits"):
+        H = HessianOperator(model, LOSS, [(x.half(), y)])
+    v = vector(model).float()
+    v[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="the vector it multiplies is not"):
+        H @ v
 
 
 def test_differences_of_half_precision_are_refused() -> None:

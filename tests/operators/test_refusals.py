@@ -10,15 +10,33 @@ import pytest
 import scipy.sparse
 import torch
 
-from hvpop import BlockDiagonal, Damped, Dense, Diagonal, FromFunction, Identity, Layout, LowRank
+from hvpop import (
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    FromFunction,
+    Identity,
+    Layout,
+    LinearOperator,
+    LowRank,
+    Restriction,
+)
 
 from .registry import BF16, F64, NamedDense, dense, entries, symmetric
 
 A, S = dense(3, 4)[0], symmetric(4)[0]  # general and symmetric
 x = entries(4)
 
+ONES = torch.ones(2)
 half, meta = Dense(entries(4, 4, dtype=BF16)), Identity(4, device="meta")
 sparse = scipy.sparse.eye_array(4).tocsr()
+
+
+class InNumPy(LinearOperator):
+    def _apply(self, V: torch.Tensor) -> Any:
+        return V.numpy()
+
 
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "short vector": (
@@ -43,6 +61,24 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "nothing": (TypeError, "expects real numbers, got None", lambda: A @ None),
     "objects": (TypeError, "dtype object", lambda: A @ np.ones(4, object)),
     "strings": (TypeError, "expects real numbers, got array", lambda: A @ np.array(list("abcd"))),
+    "gradients in a list": (
+        TypeError,
+        r"<4x4 Dense .*> expects one array, got a list of 2 tensors; .* layout.flatten\(",
+        lambda: S @ [entries(2), entries(2, 1)],
+    ),
+    "gradients by name": (TypeError, "got a dict of 1 tensors", lambda: S @ {"weight": x}),
+    "parameters on the left": (TypeError, "got a tuple of 2 tensors", lambda: (x, x) @ S),
+    "tensors as a diagonal": (
+        TypeError,
+        "Diagonal expects one array, got a list of 2 tensors",
+        lambda: Diagonal([x, x]),  # type: ignore[arg-type]
+    ),
+    "a product that float16 cannot hold": (
+        OverflowError,
+        r"<2x2 Diagonal float16 cpu>: the product reaches 9e\+04, and torch.float16 ends at 65504; "
+        r"multiply a float32 vector, A @ x.float\(\)",
+        lambda: Diagonal(300 * ONES.half()) @ (300 * ONES.half()),
+    ),
     "float32 tensor": (
         TypeError,
         r"expects dtype torch.float64, got torch.float32; use x.to\(",
@@ -192,6 +228,51 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         "no parameter matches head.*; it has net.weight, net.bias, scale",
         lambda: Damped(NamedDense(entries(4, 4)), {"net.*": 1.0, "head.*": 2.0}),
+    ),
+    "damping of a tensor": (
+        TypeError,
+        r"Damped expects operators of hvpop, got Tensor; wrap a matrix in hvpop.Dense\(matrix\)",
+        lambda: Damped(entries(4, 4), 1.0),  # type: ignore[arg-type]
+    ),
+    "blocks that are no operators": (
+        TypeError,
+        "BlockDiagonal expects operators of hvpop, got ndarray",
+        lambda: BlockDiagonal([np.eye(2)]),  # type: ignore[list-item]
+    ),
+    "the identity of an operator": (
+        ValueError,
+        r"Identity expects its order, .* got <4x4 Dense.*; Identity.like\(A\)",
+        lambda: Identity(S),  # type: ignore[arg-type]
+    ),
+    "a mask as indices": (
+        TypeError,
+        r"Restriction expects integers, got torch.bool; .* mask.nonzero\(\)",
+        lambda: Restriction(x > 0, 4),
+    ),
+    "an array to a layout": (
+        TypeError,
+        "unflatten expects a tensor, got ndarray; use torch.as_tensor",
+        lambda: Layout(("a",), (torch.Size([4]),)).unflatten(x.numpy()),  # type: ignore[arg-type]
+    ),
+    "a hook that returns an array": (
+        ValueError,
+        r"its product must have shape \(4, 1\), got ndarray",
+        lambda: InNumPy((4, 4), dtype=F64, device="cpu") @ x,
+    ),
+    "damping by a name without its glob": (
+        ValueError,
+        r"no parameter matches net; did you mean net\.\*\?",
+        lambda: Damped(NamedDense(entries(4, 4)), {"net": 1.0}),
+    ),
+    "damping by a name misspelt": (
+        ValueError,
+        r"no parameter matches net\.wieght; did you mean net\.weight\?",
+        lambda: Damped(NamedDense(entries(4, 4)), {"net.wieght": 1.0}),
+    ),
+    "damping by name with entries": (
+        TypeError,
+        r"expected one number for 'net\.\*', got Tensor; .* in one vector",
+        lambda: Damped(NamedDense(entries(4, 4)), {"net.*": entries(2)}),  # type: ignore[dict-item]
     ),
 }
 

@@ -280,7 +280,172 @@ def recurrent() -> Iterator[Case]:
         yield Case(row.__name__, row, op, [x, *weights])
 
 
+def orthogonal(*shape: int, seed: int = 0) -> Tensor:
+    q: Tensor = torch.linalg.qr(randn(*shape, seed=seed))[0]
+    return q
+
+
+def with_values(*values: float, rows: int = 0) -> Tensor:
+    """A matrix that has these singular values, some of them equal."""
+    n = len(values)
+    s = torch.tensor(values, dtype=torch.float64)
+    return (orthogonal(rows or n, n) * s) @ orthogonal(n, n, seed=1)
+
+
+def symmetric_with(*values: float) -> Tensor:
+    q = orthogonal(len(values), len(values))
+    return (q * torch.tensor(values, dtype=torch.float64)) @ q.mT
+
+
+def spectra() -> Iterator[Case]:
+    linalg = torch.linalg
+    matrices = {
+        "orthogonal": orthogonal(4, 4),
+        "tall": orthogonal(6, 3),
+        "wide": orthogonal(6, 3).mT.contiguous(),
+        "pairs": with_values(2, 2, 1, 1, 0.5),
+        "almost": with_values(2, 2 + 1e-11, 1, 1 + 1e-9),
+        "apart": randn(4, 4),
+        "some of a batch": torch.stack((orthogonal(3, 3), randn(3, 3))),
+    }
+    for name, a in matrices.items():
+        yield Case(
+            f"svdvals {name}", linalg.svdvals, lambda a: linalg.svdvals(a).exp().sum(-1), [a]
+        )
+        yield Case(
+            f"nuclear norm {name}",
+            linalg.matrix_norm,
+            lambda a: linalg.matrix_norm(a, "nuc", keepdim=True),
+            [a],
+        )
+    low = with_values(2, 1, 0, 0, rows=5)
+    yield Case(
+        "svdvals of low rank",
+        linalg.svdvals,
+        lambda a: linalg.svdvals(a).square().sin().sum(),
+        [low],
+    )
+    a, pairs = randn(2, 4, 3), matrices["pairs"]
+    yield Case("2-norm", linalg.matrix_norm, lambda a: linalg.matrix_norm(a, 2, (0, 2)), [a])
+    yield Case("-2-norm", linalg.norm, lambda a: linalg.norm(a, -2, (2, 1)), [a])
+    yield Case("linalg.norm", linalg.norm, lambda a: linalg.norm(a, "nuc"), [pairs])
+    yield Case("torch.norm", torch.norm, lambda a: torch.norm(a, "nuc"), [pairs])
+    yield Case(
+        "torch.norm, keepdim",
+        torch.norm,
+        lambda a: torch.norm(a, "nuc", dim=(0, 1), keepdim=True),
+        [pairs],
+    )
+    yield Case("Tensor.norm", torch.Tensor.norm, lambda a: a.norm("nuc"), [pairs])
+    yield Case("nuclear_norm", torch.nuclear_norm, lambda a: torch.nuclear_norm(a, True), [pairs])
+    middle = with_values(3, 1, 1, 0.5)
+    for p in (None, 2, -2):
+        yield Case(f"cond {p}", linalg.cond, lambda a, p=p: linalg.cond(a, p), [middle])
+    yield Case("linalg.svd", linalg.svd, lambda a: linalg.svd(a)[1].pow(3).sum(), [pairs])
+    yield Case("torch.svd", torch.svd, lambda a: torch.svd(a).S.pow(3).sum(), [pairs])
+    yield Case("Tensor.svd", torch.Tensor.svd, lambda a: a.svd().S.pow(3).sum(), [pairs])
+    equal = symmetric_with(3, 3, -1, -1, -1)
+    for uplo in ("L", "U"):
+        yield Case(
+            f"eigvalsh {uplo}",
+            linalg.eigvalsh,
+            lambda a, uplo=uplo: linalg.eigvalsh(a + a.mT, uplo).exp().sum(),
+            [equal],
+        )
+        yield Case(
+            f"eigh {uplo}",
+            linalg.eigh,
+            lambda a, uplo=uplo: linalg.eigh(a + a.mT, uplo)[0].pow(3).sum(),
+            [equal],
+        )
+
+
+def smooth(distance: Tensor) -> Tensor:
+    """A function with slope zero and curvature at distance zero, which couples the distances."""
+    bumps = torch.exp(-distance.square())
+    return bumps + 0.1 * bumps.sum() * distance.cos()
+
+
+def zero_distances() -> Iterator[Case]:
+    x = randn(5, 3)
+    y = torch.cat((x[:2], randn(2, 3, seed=1), x[4:]))
+    many = torch.cat((x, randn(24, 3, seed=2)))
+    yield Case("cdist at zero", torch.cdist, lambda x, y: smooth(torch.cdist(x, y)), [x, y])
+    yield Case("cdist many at zero", torch.cdist, lambda y: smooth(torch.cdist(many, y)), [y])
+    yield Case(
+        "cdist of a batch at zero",
+        torch.cdist,
+        lambda x: smooth(torch.cdist(x, many)),
+        [torch.stack((x, y))],
+    )
+    yield Case("pdist at zero", F.pdist, lambda y: smooth(F.pdist(y)), [torch.cat((x, y))])
+    for p in (1.0, 3.0, math.inf):
+        yield Case(
+            f"cdist p={p} at zero, on a line",
+            torch.cdist,
+            lambda x, y, p=p: smooth(torch.cdist(x[:, :1], y[:, :1], p)),
+            [x, y],
+        )
+    yield Case("cdist p=4 at zero", torch.cdist, lambda x: torch.cdist(x, y, 4.0) ** 4, [x])
+    yield Case("cdist p=0", torch.cdist, lambda x: x.sum() * torch.cdist(x, -y, 0.0), [x])
+
+
+def removable() -> Iterator[Case]:
+    """Ops whose derivatives are quotients or differences that are not numbers somewhere."""
+    x = torch.tensor([0.0, -0.1, 0.15, 0.16, 0.7, -1, 3], dtype=torch.float64)
+    yield Case("sinc", torch.sinc, torch.sinc, [x])
+    yield Case("special.sinc", torch.special.sinc, torch.special.sinc, [x])
+    yield Case("Tensor.sinc", torch.Tensor.sinc, torch.Tensor.sinc, [x])
+    yield Case("sinc in place", torch.Tensor.sinc_, lambda x: (x * 1).sinc_(), [x])
+    nowhere = torch.tensor([[True] * 4, [True, False, False, True]])
+    for row in (torch.logaddexp, torch.Tensor.logaddexp):
+        yield Case(
+            f"{'Tensor' if row is torch.Tensor.logaddexp else 'torch'}.logaddexp",
+            row,
+            lambda x, y, row=row: row(
+                x.masked_fill(nowhere, -math.inf)[:, 1:], y.masked_fill(nowhere[1], -math.inf)[1:]
+            )[1:, :2],
+            [randn(2, 4), randn(4, seed=1)],
+        )
+    yield Case(
+        "native_layer_norm",
+        torch.native_layer_norm,
+        lambda x, b: torch.native_layer_norm(x, [6], None, b, 1e-5)[0],
+        [X, T[0]],
+    )
+    triangle = randn(4, 4) + 3 * torch.eye(4, dtype=torch.float64)
+    for row in (torch.triangular_solve, torch.Tensor.triangular_solve):
+        for transpose in (True, False):
+            yield Case(
+                f"{'Tensor' if row is torch.Tensor.triangular_solve else 'torch'}"
+                f".triangular_solve {transpose}",
+                row,
+                lambda b, a, row=row, t=transpose: row(b, a, False, t)[0],
+                [randn(4, 2), triangle],
+            )
+
+
+def chunked() -> Iterator[Case]:
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method=None)
+    for r in REDUCTIONS:
+        yield Case(
+            f"linear cross entropy {r}",
+            F.linear_cross_entropy,
+            lambda x, w, b, r=r: F.linear_cross_entropy(
+                x, w, LABELS, linear_bias=b, weight=CLASS_WEIGHTS, reduction=r, options=options
+            ),
+            [X, randn(6, 6, seed=2), T[0]],
+        )
+    yield Case(
+        "linear cross entropy, one sample",
+        F.linear_cross_entropy,
+        lambda x, w: F.linear_cross_entropy(x, w, LABELS[0], ignore_index=3, options=options),
+        [X[0], randn(6, 6, seed=2)],
+    )
+
+
 CASES = [*losses(), *ctc(), *embeddings(), *bags(), *others(), *recurrent()]
+CASES += [*spectra(), *zero_distances(), *removable(), *chunked()]
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -350,7 +515,12 @@ def forward_over_reverse(case: Case, mode: Mode) -> Sequence[Tensor | None]:
 PRODUCTS = (reverse_over_reverse, forward_over_reverse)
 both_ways = pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
 # Entering a dual level for the first time compiles decompositions with torch.jit.script.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.*(nuclear_norm|triangular_solve) is deprecated:UserWarning"
+    ),
+]
 
 
 # --- claims -------------------------------------------------------------------------------------
@@ -381,7 +551,7 @@ def test_products_are_the_derivative_of_the_gradient(case: Case, product: Produc
     close(product(case, Rewrites), finite_difference(case), tolerance(case, DIFFERENCE))
 
 
-NOT_HERE = {F.l1_loss, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+NOT_HERE = {F.l1_loss, torch.linalg.cond, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 """Rows whose fault is another one, or cuDNN's."""
 
 
@@ -561,6 +731,78 @@ def test_weight_normalised_layers_are_seen(norm: Callable[[nn.Module], nn.Module
 def test_invalid_arguments_get_the_message_of_torch(call: Callable[[], Any], message: str) -> None:
     with Rewrites(), pytest.raises(Exception, match=message):
         call()
+
+
+@pytest.mark.parametrize("op", [F.mse_loss, F.huber_loss])
+def test_a_formula_warns_as_torch_does_of_sizes_that_broadcast(op: Op) -> None:
+    with Rewrites(), pytest.warns(UserWarning, match="different to the input size"):
+        op(X, X[:, :1])
+
+
+OPTIONS = nn.LinearCrossEntropyOptions()
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs"),
+    [
+        (F.multi_margin_loss, (X, LABELS + 9), {}),
+        (F.multi_margin_loss, (X, LABELS.double()), {}),
+        (F.multi_margin_loss, (X, LABELS), {"weight": X[0, :2]}),
+        (F.multilabel_margin_loss, (X[:0, :0], LABEL_SETS[:0, :0]), {}),
+        (F.linear_cross_entropy, (X, X[:, :5], LABELS), {"options": OPTIONS}),
+        (F.linear_cross_entropy, (X, T, LABELS + 9), {"options": OPTIONS}),
+        (torch.linalg.svdvals, (X[0],), {}),
+        (torch.linalg.matrix_norm, (X, "nuclear"), {}),
+        (torch.linalg.matrix_norm, (X, "nuc", (0, 0)), {}),
+        (torch.linalg.norm, (X, 2, (0, 1, 2)), {}),
+        (torch.linalg.cond, (X, "no"), {}),
+        (torch.linalg.eigvalsh, (X,), {}),
+        (torch.linalg.eigh, (X[:, :4], "B"), {}),
+        (torch.norm, (X[0], "nuc"), {}),
+        (torch.logaddexp, (X, T[:, :2]), {}),
+        (torch.sinc, (X,), {"out": X[0]}),
+        (torch.cdist, (X, T, -1.0), {}),
+        (torch.native_layer_norm, (X, [6], None, T[0, :2], 1e-5), {}),
+        (torch.linalg.svdvals, (), {}),
+    ],
+)
+def test_wrong_arguments_get_the_error_of_torch(op: Op, args: Any, kwargs: Any) -> None:
+    args = [*(a.clone().requires_grad_() for a in args[:1]), *args[1:]]
+    with pytest.raises(Exception) as expected:  # noqa: PT011 (whatever it is)
+        op(*args, **kwargs)
+    with Rewrites(), pytest.raises(expected.type) as ours:
+        op(*args, **kwargs)
+    assert str(ours.value) == str(expected.value)
+
+
+def test_values_that_are_equal_and_told_apart_have_no_second_derivative() -> None:
+    a = orthogonal(4, 4)
+    low = with_values(2, 1, 0, 0)
+    for op, x in (
+        (lambda a: torch.linalg.matrix_norm(a, 2), a),
+        (lambda a: torch.linalg.cond(a), a),
+        (lambda a: torch.linalg.svdvals(a)[1], a),
+        (lambda a: torch.linalg.matrix_norm(a, "nuc"), low),
+    ):
+        x = x.clone().requires_grad_()
+        with Rewrites():
+            y = op(x)
+        (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+        assert gradient.isfinite().all()
+        (product,) = torch.autograd.grad(gradient, x, randn(4, 4, seed=5))
+        assert not product.isfinite().all()
+
+
+def test_the_nuclear_norm_of_an_orthogonal_matrix_curves_with_the_skew_part() -> None:
+    # |Q + E|_* has the gradient U V' = (Q + E) ((Q + E)' (Q + E))^(-1/2), which is Q + Q (A - A') / 2
+    # to first order in A = Q' E.
+    q, e = orthogonal(5, 5).requires_grad_(), randn(5, 5, seed=3)
+    with Rewrites():
+        norm = torch.linalg.matrix_norm(q, "nuc")
+    (gradient,) = torch.autograd.grad(norm, q, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, q, e)
+    a = q.detach().mT @ e
+    torch.testing.assert_close(product, q.detach() @ (a - a.mT) / 2, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.filterwarnings("ignore:.*size_average.*")

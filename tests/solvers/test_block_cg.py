@@ -9,7 +9,17 @@ from torch import Tensor
 from hvpop import Damped, Dense, Diagonal, LinearOperator
 from hvpop.solvers import block_cg, cg
 
-from .problems import DEFINITE, F32, INDEFINITE, SINGULAR, N, dense, digits_hessian, normal
+from .problems import (
+    DEFINITE,
+    F32,
+    INDEFINITE,
+    SINGULAR,
+    N,
+    dense,
+    digits_hessian,
+    normal,
+    rounding,
+)
 
 WELL = {name: spectrum for name, spectrum in DEFINITE.items() if name in ("clustered", "spread")}
 
@@ -25,9 +35,7 @@ def test_what_is_called_converged_has_a_small_true_residual(name: str) -> None:
     for rtol in (1e-4, 1e-7, 1e-10):
         result = block_cg(A, B, rtol=rtol)
         found = true_residuals(A, result.x, B)
-        # A dense product of order N rounds an entry about N times.
-        rounding = N * 1e-16 * DEFINITE[name].max() * torch.linalg.vector_norm(result.x, dim=0)
-        assert bool((found <= result.residual_norms + rounding).all())
+        assert bool((found <= result.residual_norms + rounding(A.matrix, result.x, B)).all())
         assert torch.equal(result.targets, rtol * torch.linalg.vector_norm(B, dim=0))
         for norm, target, status in zip(
             result.residual_norms, result.targets, result.status, strict=True
@@ -51,8 +59,10 @@ def test_one_column_takes_the_steps_of_cg() -> None:
     A, b = dense(DEFINITE["spread"]), normal(N, seed=5)
     shared, alone = block_cg(A, b, rtol=1e-8), cg(A, b, rtol=1e-8)
     assert shared.x.shape == b.shape
-    assert abs(shared.steps - alone.steps) <= 2
-    assert torch.allclose(shared.x, alone.x, rtol=0, atol=1e-4 * float(alone.x.norm()))
+    # the same in exact arithmetic; rounding delays both, though not alike
+    assert abs(shared.steps - alone.steps) <= 0.1 * alone.steps
+    difference = 2 * 1e-8 * float(b.norm() / DEFINITE["spread"].min())
+    assert float((shared.x - alone.x).norm()) <= difference
 
 
 def test_columns_that_share_need_half_of_the_products_on_the_digits() -> None:
@@ -81,7 +91,7 @@ def test_columns_of_all_sizes_converge_by_their_own() -> None:
     result = block_cg(A, B, rtol=1e-8)
     assert result.converged
     again = block_cg(A, normal(N, 4, seed=2), rtol=1e-8)
-    assert result.steps <= again.steps + 2
+    assert result.steps <= 1.1 * again.steps
 
 
 @pytest.mark.parametrize("name", SINGULAR)
@@ -90,8 +100,8 @@ def test_consistent_singular_systems_are_solved(name: str) -> None:
     B = A @ normal(N, 4, seed=7)
     result = block_cg(A, B, rtol=1e-8)
     assert result.converged
-    # The numbers in B - A x are as large as those of B, and N are added up.
-    assert bool((true_residuals(A, result.x, B) <= result.targets + N * 1e-15 * B.norm()).all())
+    found = true_residuals(A, result.x, B)
+    assert bool((found <= result.targets + rounding(A.matrix, result.x, B)).all())
 
 
 @pytest.mark.parametrize("name", INDEFINITE)
@@ -124,7 +134,8 @@ def test_a_tolerance_below_the_dtype_stagnates() -> None:
     A, B = dense(DEFINITE["spread"], dtype=F32), normal(N, 3, seed=11, dtype=F32)
     result = block_cg(A, B, rtol=1e-12)
     assert set(result.status) == {"stagnated"}
-    assert float((result.residual_norms / torch.linalg.vector_norm(B, dim=0)).max()) < 1e-4
+    # a step and the check of it round, each by up to this
+    assert bool((result.residual_norms <= 2 * rounding(A.matrix, result.x, B)).all())
 
 
 def test_a_singular_system_without_a_solution_ends_and_stays_bounded() -> None:

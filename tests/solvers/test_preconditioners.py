@@ -119,5 +119,5 @@ def test_nystrom_takes_at_most_a_third_of_the_products_on_the_digits_hessian() -
     print(f"plain cg {plain.products} products, preconditioned {fast.products} after {P.products}")
     for result in (plain, fast):
         assert result.converged
-        assert float((b - A @ result.x).norm() / b.norm()) <= 1.01e-8
+        assert float((b - A @ result.x).norm() / b.norm()) <= 1.01e-8  # 1e-4 of it is rounding
     assert 3 * fast.products <= plain.products

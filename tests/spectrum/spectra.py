@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from hvpop import Dense, FromFunction, LinearOperator
 
 F64 = torch.float64
+EPS = torch.finfo(F64).eps
 
 
 def generator(seed: int) -> torch.Generator:

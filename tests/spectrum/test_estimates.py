@@ -30,6 +30,7 @@ FLAT = torch.linspace(1, 3, N, dtype=F64)
 DECAYING = (0.85 ** torch.arange(N)).to(F64)
 SLOW = 1 / torch.arange(1, N + 1, dtype=F64)
 INDEFINITE = torch.cat([3 * 0.8 ** torch.arange(40), -(0.8 ** torch.arange(40))]).to(F64)
+LONG = torch.linspace(1, 3, 400, dtype=F64)  # with a budget below 400 never known exactly
 STEP = torch.cat([torch.ones(10), 1e-3 * torch.ones(N - 10)]).to(F64)
 CASES = {"flat": FLAT, "decaying": DECAYING, "slow": SLOW, "indefinite": INDEFINITE, "step": STEP}
 
@@ -58,9 +59,12 @@ def test_bands_of_the_trace_cover_it(method: Any, case: str) -> None:
     ("method", "rtol"), [("hutchinson", 0.15), ("hutch++", 0.02), ("xtrace", 0.02)]
 )
 def test_bands_cover_when_sampling_stops_by_itself(method: Any, rtol: float) -> None:
-    A = dense(SLOW)
-    found = [trace(A, method=method, rtol=rtol, seed=seed) for seed in range(RUNS)]
-    truth = SLOW.sum().item()
+    spectrum = 1 / torch.arange(1, 2 * N + 1, dtype=F64)
+    A, truth = dense(spectrum), spectrum.sum().item()
+    found = [
+        trace(A, method=method, rtol=rtol, max_products=2 * N - 1, seed=seed)
+        for seed in range(RUNS)
+    ]
     hits = sum(f.low <= truth <= f.high for f in found)
     assert {f.status for f in found} == {"converged"}
     assert all((f.high - f.low) / 2 <= 1.01 * rtol * abs(f.value) for f in found)
@@ -91,21 +95,28 @@ def test_bands_of_the_frobenius_norm_cover_it(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["flat", "slow"])
 def test_bands_of_the_log_determinant_cover_it(case: str) -> None:
-    damped = CASES[case] + 0.1
-    A = dense(damped)
+    n = 1100  # beyond 1024, where probes share no space
+    damped = {"flat": torch.linspace(1, 3, n), "slow": 1 / torch.arange(1, n + 1)}[case].to(
+        F64
+    ) + 0.1
     hits = covered(
-        lambda seed: logdet(A, rtol=None, max_products=260, seed=seed), damped.log().sum().item()
+        lambda seed: logdet(Diagonal(damped), rtol=None, max_products=260, seed=seed),
+        damped.log().sum().item(),
     )
     assert COVERED[0] <= hits <= COVERED[1]
 
 
-OUTLIERS = torch.cat([torch.linspace(0, 1, N - 3), torch.tensor([2.0, 2.5, 4.0])]).to(F64)
+def outliers(n: int) -> torch.Tensor:
+    return torch.cat([torch.linspace(0, 1, n - 3), torch.tensor([2.0, 2.5, 4.0])]).to(F64)
+
+
+OUTLIERS = outliers(N)
 
 
 @pytest.mark.parametrize("case", ["flat", "outliers"])
 def test_bands_of_the_density_cover_the_smoothed_spectrum(case: str) -> None:
-    spectrum = {"flat": FLAT, "outliers": OUTLIERS}[case]
-    A = dense(spectrum)
+    spectrum = {"flat": torch.linspace(1, 3, 1100, dtype=F64), "outliers": outliers(1100)}[case]
+    A = Diagonal(spectrum)
     width = 0.03 * (spectrum.max() - spectrum.min()).item()
     share = 0.0
     for seed in range(RUNS):
@@ -157,7 +168,7 @@ every = pytest.mark.parametrize("name", ESTIMATES)
 
 @every
 def test_products_are_counted_and_come_in_blocks(name: str) -> None:
-    watched = Watched(dense(FLAT))
+    watched = Watched(dense(LONG))
     found = ESTIMATES[name](watched.operator, rtol=None, max_products=96)
     assert found.products == watched.products <= 96
     assert found.status == "max products"
@@ -179,8 +190,8 @@ def test_an_estimate_is_its_seed_alone(name: str) -> None:
 
 @every
 def test_ctrl_c_returns_what_there_is(name: str) -> None:
-    watched = Watched(dense(FLAT), fail_at=6, error=KeyboardInterrupt)
-    found = ESTIMATES[name](watched.operator, rtol=None, max_products=4000)
+    watched = Watched(dense(LONG), fail_at=6, error=KeyboardInterrupt)
+    found = ESTIMATES[name](watched.operator, rtol=None, max_products=399)
     assert found.status == "interrupted"
     assert 0 < found.products <= watched.products
     value = torch.as_tensor(found.value)
@@ -196,7 +207,7 @@ def test_progress_shows_the_estimate(name: str, capsys: pytest.CaptureFixture[st
 
 @every
 def test_single_precision_agrees(name: str) -> None:
-    M, _ = matrix(FLAT)
+    M, _ = matrix(LONG)
     found = ESTIMATES[name](Dense(M.float(), symmetric=True), rtol=None, max_products=96)
     truths = {"diagonal": M.diagonal(), "xdiag": M.diagonal(), "logdet": M.logdet()}
     truth = truths.get(name, M.trace())
@@ -289,12 +300,13 @@ def test_the_log_determinant_of_an_indefinite_operator_is_refused() -> None:
 
 def test_an_unsettled_log_determinant_says_so_in_its_band() -> None:
     spectrum = torch.logspace(-6, 0, 200, dtype=F64)
-    found = logdet(dense(spectrum), steps=10, rtol=None, max_products=640)
+    found = logdet(dense(spectrum), rtol=None, max_products=160)
+    assert found.status == "low end unresolved"
     assert (found.high - found.low) / 2 > 3 * found.standard_error
 
 
 def test_the_density_integrates_to_one_and_its_weights_too() -> None:
-    found = spectral_density(dense(OUTLIERS))
+    found = spectral_density(Diagonal(outliers(1100)))
     assert torch.trapezoid(found.value, found.grid).item() == pytest.approx(1.0, abs=1e-3)
     torch.testing.assert_close(found.weights.sum(0), torch.ones(8, dtype=F64))
     assert found.nodes.shape == found.weights.shape == (64, 8)
@@ -303,17 +315,17 @@ def test_the_density_integrates_to_one_and_its_weights_too() -> None:
 
 def test_the_density_of_many_probes_is_that_of_the_spectrum() -> None:
     found = spectral_density(
-        dense(OUTLIERS), width=0.1, rtol=0.05, max_products=64 * 3000, block=256
+        Diagonal(outliers(9000)), width=0.1, rtol=0.05, max_products=8999, block=64
     )
-    truth = smoothed(OUTLIERS, found)
+    truth = smoothed(outliers(9000), found)
     assert found.status == "converged"
     assert torch.trapezoid((found.value - truth).abs(), found.grid).item() < 0.05
 
 
 @pytest.mark.parametrize("fail_at", [3, 20, 70])
 def test_an_interrupted_density_is_a_coarser_one(fail_at: int) -> None:
-    watched = Watched(dense(OUTLIERS), fail_at=fail_at, error=KeyboardInterrupt)
-    found = spectral_density(watched.operator, max_products=5000)
+    watched = Watched(Diagonal(outliers(2000)), fail_at=fail_at, error=KeyboardInterrupt)
+    found = spectral_density(watched.operator, max_products=1999)
     assert found.status == "interrupted"
     assert found.nodes.shape[0] == min(64, fail_at - 1)
     assert torch.trapezoid(found.value, found.grid).item() == pytest.approx(1.0, abs=1e-2)

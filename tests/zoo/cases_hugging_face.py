@@ -244,7 +244,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "opt": {"seed": 2},
     "t5": {"seed": 2},
 }
-SINGLE = {"tolerance": 1e-5, "agreement": 1e-6}  # their casts to float32
+SINGLE = {"tolerance": 1e-5, "agreement": 5e-6}  # their casts to float32, with an eps of 1e-7
 
 for _name, (_build, _kind, _config, _options) in PAIRS.items():
     _attentions = [LIMITED.get(_name, "sdpa"), *(["eager"] if _name in BOTH else [])]
@@ -298,7 +298,7 @@ def whisper() -> Problem:
     )
 
 
-@case("hf_clip", **SINGLE)
+@case("hf_clip", warns="no mean of theirs", **SINGLE)
 def clip() -> Problem:
     options = {
         "text_config": U | {"max_position_embeddings": 16, "eos_token_id": 2, "projection_dim": 4},

@@ -326,8 +326,11 @@ def p_of(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.softmax(1).gather(1, targets[:, None]).squeeze(1)
 
 
+COUPLED = ("dice", "contrastive")  # no means over samples
 for _name, (_loss, _data) in CUSTOM.items():
-    case(_name)(lambda loss=_loss, data=_data: Problem(mlp(), data(), loss))
+    case(_name, warns="no mean of theirs" if _name in COUPLED else None)(
+        lambda loss=_loss, data=_data: Problem(mlp(), data(), loss)
+    )
 case("loss_not_reduced", refused="(?i)scalar|reduce|shape")(
     lambda: Problem(mlp(), real(), nn.MSELoss(reduction="none"))
 )

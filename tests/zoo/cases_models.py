@@ -50,7 +50,7 @@ def flow_through_distributions() -> Problem:
     return Problem(Density(), regression(4), lambda d, y: -d.log_prob(y).mean())
 
 
-@case("gaussian_process")
+@case("gaussian_process", warns="no mean of theirs")
 def gaussian_process() -> Problem:
     class Kernel(nn.Module):
         def __init__(self) -> None:
@@ -304,7 +304,7 @@ def factorisation_machine() -> Problem:
     return Problem(Factors(), data, nn.MSELoss())
 
 
-@case("neural_process_of_survival")
+@case("neural_process_of_survival", warns="no mean of theirs")
 def neural_process_of_survival() -> Problem:
     """Cox's partial likelihood, whose risk sets couple the samples of a batch."""
 

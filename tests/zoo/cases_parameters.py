@@ -349,7 +349,7 @@ def complex_views_of_real_parameters() -> Problem:
     return Problem(Wave(), regression(4), nn.MSELoss())
 
 
-@case("model_is_its_own_parameters")
+@case("model_is_its_own_parameters", total=True)
 def model_is_its_own_parameters() -> Problem:
     """A loss that reads no data but the size of its batch."""
 

@@ -1,4 +1,4 @@
-"""Activations, norms, distances, products and inverses."""
+"""Activations, weight norm, products and inverses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,34 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(result) if inplace else result
 
 
+def sinc(input: Tensor, *, out: Tensor | None = None) -> Tensor | None:
+    if out is not None or not input.is_floating_point():
+        return None
+    x = math.pi * input
+    small = x.detach().abs() < 0.5
+    square = torch.where(small, x * x, 0)
+    series = torch.ones_like(square)  # of sin(x) / x, whose next term is 0.5**16 / 17!
+    for n in range(14, 0, -2):
+        series = 1 - square / (n * (n + 1)) * series
+    x = torch.where(small, 1, x)
+    return torch.where(small, series, x.sin() / x)
+
+
+def sinc_(input: Tensor) -> Tensor | None:
+    result = sinc(input)
+    return result if result is None else input.copy_(result)
+
+
+def logaddexp(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor | None:
+    if out is not None or not (input.is_floating_point() and other.is_floating_point()):
+        return None
+    finite = input.isfinite() & other.isfinite()
+    a, b = (torch.where(finite, x, 0) for x in (input, other))
+    # the larger one, and what the other adds; both ways have the same derivatives where they meet
+    total = torch.where(a > b, a + F.softplus(b - a), b + F.softplus(a - b))
+    return torch.where(finite, total, torch.maximum(input, other))
+
+
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     norm: Tensor
     others = [i for i in range(v.dim()) if i != dim % v.dim()]
@@ -23,34 +51,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     else:
         norm = torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()
     return v * (g / norm)
-
-
-def cdist(
-    x1: Tensor,
-    x2: Tensor,
-    p: float = 2.0,
-    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
-) -> Tensor | None:
-    if p <= 0 or min(x1.dim(), x2.dim()) < 2 or x1.shape[-1] != x2.shape[-1]:
-        return None
-    large = max(x1.shape[-2], x2.shape[-2]) > 25
-    if p == 2 and (
-        compute_mode == "use_mm_for_euclid_dist"
-        or (compute_mode == "use_mm_for_euclid_dist_if_necessary" and large)
-    ):
-        # |x - y|^2 as one matrix product, as torch itself does it for many points
-        norm1, norm2 = (x.square().sum(-1, keepdim=True) for x in (x1, x2))
-        left = torch.cat((-2 * x1, norm1, torch.ones_like(norm1)), -1)
-        right = torch.cat((x2, torch.ones_like(norm2), norm2), -1)
-        return _root((left @ right.mT).clamp(min=0), 2)
-    return _minkowski(x1[..., :, None, :] - x2[..., None, :, :], p)
-
-
-def pdist(input: Tensor, p: float = 2) -> Tensor | None:
-    if p <= 0 or input.dim() != 2:
-        return None
-    i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
-    return _minkowski(input[i] - input[j], p)
 
 
 def scatter_reduce(
@@ -86,26 +86,33 @@ def cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
     return torch.cholesky_solve(identity.expand_as(input), input, upper=upper)
 
 
-def _minkowski(difference: Tensor, p: float) -> Tensor:
-    """p-norm over the last axis; its derivatives at zero are zero, as torch's first one is."""
-    size = difference.abs()
-    if p == 1:
-        return size.sum(-1)
-    if p == 2:
-        return _root(difference.square().sum(-1), 2)
-    if math.isinf(p):
-        largest = size.detach().amax(-1, keepdim=True)
-        total = torch.where(size == largest, size, 0).sum(-1)  # torch counts each of equal ones
-        return total - (total.detach() - largest[..., 0])
-    nonzero = size > 0
-    powers = torch.where(nonzero, torch.where(nonzero, size, 1).pow(p), 0)
-    return _root(powers.sum(-1), p)
+def triangular_solve(
+    b: Tensor,
+    A: Tensor,
+    upper: bool = True,
+    transpose: bool = False,
+    unitriangular: bool = False,
+    **out: Any,
+) -> Any:
+    result = torch.triangular_solve(b, A, upper, transpose, unitriangular, **out)  # warns
+    if out:
+        return result
+    factor, upper = (A.mT, not upper) if transpose else (A, upper)
+    options: dict[str, bool] = {"upper": upper, "unitriangular": unitriangular}
+    return type(result)((torch.linalg.solve_triangular(factor, b, **options), A.clone()))
 
 
-def _root(power: Tensor, p: float) -> Tensor:
-    zero = power == 0
-    inside = power.masked_fill(zero, 1)
-    return (inside.sqrt() if p == 2 else inside.pow(1 / p)).masked_fill(zero, 0)
+def native_layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...] | None:
+    if weight is not None or bias is None:
+        return None
+    normed, mean, scale = torch.native_layer_norm(input, normalized_shape, None, None, eps)
+    return normed + bias, mean, scale
 
 
 def _along(vector: Tensor, dim: int, like: Tensor) -> Tensor:

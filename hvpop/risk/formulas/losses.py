@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ def mse_loss(
 ) -> Tensor | None:
     if weight is not None:
         return None
+    _warn_of_sizes(F.mse_loss, input, target)
     difference = input - target
     return _reduce(difference * difference, **reduction)
 
@@ -31,6 +33,7 @@ def huber_loss(
 ) -> Tensor | None:
     if delta <= 0 or (weight is not None and weight.shape != input.shape):
         return None
+    _warn_of_sizes(F.huber_loss, input, target)
     difference = input - target
     clipped = difference.clamp(-delta, delta)
     loss = clipped * (difference - 0.5 * clipped)
@@ -50,6 +53,28 @@ def l1_loss(input: Tensor, target: Tensor, **reduction: Any) -> Tensor | None:
     return F.l1_loss(input, target, **reduction)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    options: Any = None,
+    **others: Any,
+) -> Tensor | None:
+    smooth = others.get("label_smoothing", 0.0) != 0
+    if options is None or smooth or linear_weight.dim() != 2 or target.dtype != torch.int64:
+        return None  # torch runs these without chunks, perhaps with a warning
+    if reduction not in ("mean", "sum", "none") or torch._C._get_tracing_state() is not None:
+        return None
+    tensors = input, linear_weight
+    if input.dtype in (torch.float16, torch.bfloat16):  # chunks are added up in float32
+        tensors = input.float(), linear_weight.float()
+        others |= {k: v.float() for k, v in others.items() if isinstance(v, Tensor)}
+    loss = F.linear_cross_entropy(*tensors, target, reduction=reduction, **others)
+    return loss.to(input.dtype)
+
+
 def soft_margin_loss(input: Tensor, target: Tensor, **reduction: Any) -> Tensor | None:
     return _reduce(-F.logsigmoid(target * input), **reduction)
 
@@ -63,9 +88,9 @@ def multi_margin_loss(
     weight: Tensor | None = None,
     **reduction: Any,
 ) -> Tensor | None:
-    if p not in (1, 2) or input.dim() not in (1, 2):
+    if p not in (1, 2) or input.dim() > 2:
         return None
-    x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1, 1)
+    x, y = torch.atleast_2d(input), target.reshape(-1, 1)
     slack = F.relu(margin - x.gather(1, y) + x).scatter(1, y, 0)
     if p == 2:
         slack = slack * slack
@@ -146,6 +171,12 @@ def torch_ctc_loss(
     lengths = input_lengths, target_lengths
     name = ("none", "mean", "sum")[reduction]
     return ctc_loss(log_probs, targets, *lengths, blank, name, zero_infinity)
+
+
+def _warn_of_sizes(loss: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor) -> None:
+    """Let torch say that broadcasting may not be what was meant."""
+    if target.size() != input.size():
+        loss(input.detach(), target.detach())
 
 
 def _reduce(

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from ...exchange import Exchange
 
 
-@contextmanager
-def without_cudnn() -> Iterator[None]:
+class without_cudnn(Exchange):  # noqa: N801 (used like a function)
     """CuDNN off and nothing else: `torch.backends.cudnn.flags` would set the precision as well."""
-    enabled = torch._C._get_cudnn_enabled()
-    torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_cudnn_enabled(enabled)
+
+    def _change(self) -> None:
+        self._noted(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
+        torch._C._set_cudnn_enabled(False)
+
+
+class _without_onednn(Exchange):  # noqa: N801
+    """In forward mode oneDNN's kernels for these have no derivative; torch's own have."""
+
+    def _change(self) -> None:
+        if forward_ad._current_level >= 0:
+            self._noted(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
 
 
 def _rewritten(op: Callable[..., Any]) -> Callable[..., Any]:
     def formula(*args: Any, **kwargs: Any) -> Any:
-        with without_cudnn():
+        with without_cudnn(), _without_onednn():
             return op(*args, **kwargs)
 
     return formula

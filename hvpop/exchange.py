@@ -1,0 +1,228 @@
+"""What hvpop changes of the user's process for a while is put back, interrupts included."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+T = TypeVar("T")
+
+ONE_THREAD = threading.RLock()
+"""Held while anything of the user's is not as its user knows it."""
+
+
+class _Ledger(threading.local):
+    def __init__(self) -> None:
+        self.open: list[Exchange] = []
+        self.guarded = False
+
+
+_LEDGER = _Ledger()
+
+
+class Exchange(AbstractContextManager[None]):
+    """A context that changes something, and notes how it is put back before it does.
+
+    A subclass overrides `_change`, which calls `_noted` before each of its steps. Ctrl-C can fall
+    between any two instructions, so the end of a context may never begin: what is still noted then
+    is put back by the `guarded` around it.
+    """
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def _change(self) -> None:
+        raise NotImplementedError
+
+    def _noted(self, undo: Callable[..., object], *args: Any) -> None:
+        """Note a step back; it may be taken twice, and also if the step itself was not."""
+        self._notes.append((undo, args))
+
+    def _enter(self, context: AbstractContextManager[Any]) -> None:
+        """Enter another one as a step; the steps back of one not entered yet are none."""
+        self._noted(context.__exit__, None, None, None)
+        context.__enter__()
+
+    def __enter__(self) -> None:
+        _LEDGER.open.append(self)
+        try:
+            self._change()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        if self in _LEDGER.open:
+            _put_back(_LEDGER.open.index(self))  # first those inside, whose ends were cut short
+        else:
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Take every step back, the last one first; harmless where that has been done."""
+        while self._notes:
+            undo, args = self._notes[-1]
+            undo(*args)
+            self._notes.pop()
+
+
+def _put_back(count: int) -> None:
+    """All exchanges but the first ``count``, the last one first."""
+    while len(_LEDGER.open) > count:
+        _LEDGER.open[-1].put_back()
+        _LEDGER.open.pop()
+
+
+class Entered(Exchange):
+    """A context of others as an exchange."""
+
+    def __init__(self, context: AbstractContextManager[Any]) -> None:
+        super().__init__()
+        self._context = context
+        self.value: Any = None
+
+    def _change(self) -> None:
+        self._noted(_leave, self._context)
+        self.value = self._context.__enter__()
+
+
+def _leave(context: AbstractContextManager[Any]) -> None:
+    with suppress(RuntimeError, AttributeError):  # it was not entered yet
+        context.__exit__(None, None, None)
+
+
+class _Mark(NamedTuple):
+    """How deep torch's own stacks were."""
+
+    open: int
+    functions: int
+    dispatch: int
+    level: int
+    grad: bool
+
+    @classmethod
+    def now(cls) -> _Mark:
+        return cls(
+            len(_LEDGER.open),
+            torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
+            forward_ad._current_level,
+            torch.is_grad_enabled(),
+        )
+
+
+def guarded(work: Callable[[], T]) -> T:
+    """What ``work()`` returns, with the process as it was before, whatever ends it.
+
+    One thread at a time. An exception that a signal raises (Ctrl-C) can keep the end of any context
+    from running; here it cannot, since an end that is cut short is begun again.
+    """
+    with ONE_THREAD:
+        if _LEDGER.guarded:
+            return work()
+        mark = None
+        try:
+            mark = _Mark.now()
+            _LEDGER.guarded = True
+            return work()
+        except Exception:
+            raise
+        except BaseException as error:
+            _finish_generators(error)
+            raise
+        finally:
+            try:
+                _sweep(mark)
+            except BaseException:
+                _sweep(mark)
+                raise
+
+
+def _finish_generators(interrupt: BaseException) -> None:
+    """Let contexts of torch's that an interrupt left half entered put back what they have taken.
+
+    They would do so when the traceback that holds them goes, and then after everything else.
+    """
+    step = interrupt.__traceback__
+    while step is not None:
+        with suppress(RuntimeError):  # a frame that is still running
+            step.tb_frame.clear()
+        step = step.tb_next
+
+
+def _sweep(mark: _Mark | None) -> None:
+    if mark is not None and _Mark.now() != mark:
+        while torch._C._len_torch_function_stack() > mark.functions:
+            torch._C._pop_torch_function_stack()
+        while torch._C._len_torch_dispatch_stack() > mark.dispatch:
+            torch._C._pop_torch_dispatch_stack(None)
+        while forward_ad._current_level > mark.level:
+            forward_ad.exit_dual_level()
+        _put_back(mark.open)
+        torch.set_grad_enabled(mark.grad)
+    _LEDGER.guarded = False
+
+
+class SavedTensors(Exchange):
+    """Shows each tensor that autograd saves meanwhile to ``look``, and changes nothing.
+
+    What autograd keeps is an alias: a graph that holds a result of its own by a hook would own
+    itself, and never be freed.
+    """
+
+    def __init__(self, look: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            look(tensor)
+            return tensor.detach()
+
+        self._hooks = pack, _as_it_is
+
+    def _change(self) -> None:
+        self._noted(_pop_hooks, self._hooks[0])
+        torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _pop_hooks(pack: Any) -> None:
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if top is not None and top[0] is pack:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+class dual_level(Exchange):  # noqa: N801 (used like a function)
+    """`torch.autograd.forward_ad.dual_level`, which an interrupt could leave half entered."""
+
+    def _change(self) -> None:
+        self._noted(_leave_dual_level, forward_ad._current_level)
+        forward_ad.enter_dual_level()
+
+
+def _leave_dual_level(before: int) -> None:
+    if forward_ad._current_level > before:
+        forward_ad.exit_dual_level()
+    elif before < 0:
+        with suppress(RuntimeError):  # torch's own count is ahead of Python's, or it is not
+            torch._C._exit_dual_level(level=0)
+
+
+class Ungraded(Exchange):
+    """Tensors without ``.grad`` for a while; afterwards they have theirs again."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = list(tensors)
+
+    def _change(self) -> None:
+        for tensor in self._tensors:
+            if tensor.is_leaf:
+                self._noted(setattr, tensor, "grad", tensor.grad)
+                tensor.grad = None

@@ -1,0 +1,422 @@
+"""How much each batch counts: told by the loss, or proven by losses of batches put together."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..exchange import Exchange
+from ..interception import Table
+from .averaging import Average
+from .batches import arrays_inside
+from .divisors import DivisorWatch
+from .laws import Pair, divisor
+from .losses import BatchLoss, checked_batch_loss, guesses_of, rule_of, weight_of
+from .samples import READINGS, Reading
+from .settings import settings_of
+
+Weight = Callable[[Any], float]
+"""A batch -> how much it counts."""
+
+FIRST = 16
+"""So many batches are each put together with the one before; later ones at every power of two."""
+
+SMALL = 4096
+"""Bytes of an array up to which its values are looked at before each product, not only its version."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where losses are compared: ``function(point, state, batch, seed)``, and the modules in it."""
+
+    function: Callable[..., Tensor]
+    point: dict[str, Tensor]
+    state: dict[str, Tensor]
+    seed: Tensor
+    modules: Sequence[nn.Module]
+
+
+class Weigher:
+    """Weighs the batches of a risk, and sees that the weights are right.
+
+    A mean over w samples obeys ``(w1 l1 + w2 l2)/(w1 + w2) = l(both)``, a sum ``l1 + l2 = l(both)``.
+    Where a loss does not say what it divides by, that is looked at before a product counts on it:
+    for each batch with the one before, without derivatives, again whenever loss or batches have
+    changed. A weight is computed anew at each product.
+    """
+
+    def __init__(self, average: Average, batch_loss: BatchLoss) -> None:
+        self._average, self._batch_loss = average, checked_batch_loss(batch_loss)
+        self._watch = DivisorWatch()
+        self._proof: _Proof | None = None
+        self._warned = False
+        self._evaluated = self._reached = False
+
+    def weighed(
+        self, batches: Iterable[tuple[Any, Any]], model: nn.Module, place: Callable[[], Place]
+    ) -> Iterator[tuple[Any, float]]:
+        """Batches with their weights, from pairs: as the user holds them (or None), and as they are used."""
+        self._evaluated = self._reached = False
+        rule = self._average.weight or rule_of(self._batch_loss, model)
+        if rule is not None:
+            for _, batch in batches:
+                yield batch, _checked(rule(batch))
+            return
+        proof = self._current(model)
+        previous: Any = None  # the last batch that counts, kept as long as it may be asked for
+        waiting: list[Any] = []  # the first batch, until the second is there
+        for i, (held, batch) in enumerate(batches):
+            proof.several |= i > 0
+            counts = _checked(proof(batch)) > 0
+            if proof.asks(i, held) and counts and previous is not None:
+                self._prove(proof, previous, batch, place())
+            if counts or not proof.asks_after(i):
+                previous = batch if proof.asks_after(i) else None
+            waiting.append(batch)
+            if i == 0 and proof.weight is None:
+                continue
+            while waiting:
+                ready = waiting.pop(0)
+                yield ready, _checked(proof(ready))
+                self.refuse()
+        for batch in waiting:
+            yield batch, _checked(proof(batch))
+
+    @property
+    def table(self) -> Table:
+        """What watches the loss, for `hvpop.interception`."""
+        known = self._average.weight is not None or guesses_of(self._batch_loss) is not None
+        return {} if known or self._proof is None else self._watch.table
+
+    def observe(self, value: Tensor, params: dict[str, Tensor]) -> None:
+        """Take note of a loss, evaluated for derivatives by ``params``."""
+        if value.requires_grad:
+            self._evaluated = self._reached = True
+        elif torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
+            self._evaluated = True
+
+    def refuse(self) -> None:
+        """Raise if evaluations so far have shown that batches are not weighted right."""
+        if self._watch.found is not None and self._proof is not None and self._proof.several:
+            raise ValueError(_DIVIDES.format(self._watch.found))
+
+    def refuse_constants(self) -> None:
+        """Raise if no loss of a whole pass depended on a parameter."""
+        if self._evaluated and not self._reached:
+            raise ValueError(
+                "no parameter reaches the loss: it has no graph, so its Hessian would be zero; look for "
+                "detach(), .data, .item() or torch.no_grad() in the model and the loss"
+            )
+
+    def _current(self, model: nn.Module) -> _Proof:
+        """What is known of the loss as it is set now."""
+        settings = settings_of(self._batch_loss), model.training
+        if self._proof is None or self._proof.settings != settings:
+            self._watch.found, self._watch.trusted = None, False
+            self._proof = _Proof(settings, self._batch_loss, model)
+        return self._proof
+
+    def _prove(self, proof: _Proof, first: Any, second: Any, place: Place) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the loss says them again in the product
+            outcome = proof.examine(first, second, place)
+        if outcome == "sum":
+            raise ValueError(_ADDS_UP)
+        if outcome == "mean" and self._watch.found is not None:
+            self._watch.found, self._watch.trusted = None, True  # and yet it is a mean over samples
+        self.refuse()
+        if outcome == "divisor":
+            raise ValueError(_DIVIDES.format("something else than its number of samples"))
+        if outcome in _DOUBTS and not self._warned:
+            self._warned = True
+            warnings.warn(_ASSUMED.format(_DOUBTS[outcome]), stacklevel=3)
+
+
+_ADDS_UP = (
+    "the loss adds up its samples, as with reduction='sum' (that of two batches put together is the "
+    "sum of theirs), which average=SAMPLES cannot turn into a mean; use a mean, or average=TOTAL for "
+    "the Hessian of the sum"
+)
+_DIVIDES = (
+    "the loss divides by {}, which differs from batch to batch and cannot be told from outside; pass "
+    "the loss as torch.nn.CrossEntropyLoss(...) or functools.partial(F.cross_entropy, ...), or "
+    "average=Average(weight=...) with a function that returns the divisor of a batch"
+)
+_ASSUMED = (
+    "batches are weighted by their number of samples, which is an assumption: {}; if the loss divides "
+    "by something else, pass average=Average(weight=...) with a function that returns the divisor of "
+    "a batch"
+)
+_DOUBTS = {
+    "coupled": (
+        "the loss of two batches put together is no mean of theirs, whatever their weights (samples see "
+        "each other, or several means are added), so the operator is the mean of the batches' Hessians"
+    ),
+    "apart": (
+        "the batches cannot be put together to see what their loss divides by (they differ in shapes or "
+        "constants, or hold objects that are not known)"
+    ),
+}
+
+
+class _Proof:
+    """What batches put together have shown of one loss, as it is set."""
+
+    def __init__(self, settings: Any, batch_loss: BatchLoss, model: nn.Module) -> None:
+        self.settings = settings
+        self.several = False  # batches: of one the weight does not matter
+        self.weight: Weight | None = None
+        self._reading: Reading | None = None
+        self._settled = False  # nothing more can be told
+        self._assumed: Weight = lambda batch: weight_of(batch_loss, model, batch)
+        guesses = guesses_of(batch_loss)
+        self._guesses: list[Weight] = [_given(guess, model) for guess in guesses or ()]
+        self._seen: dict[int, Any] = {}
+        self._changed = False  # the batch looked at last
+
+    def __call__(self, batch: Any) -> float:
+        return (self.weight or self._assumed)(batch)
+
+    def asks_after(self, i: int) -> bool:
+        """Whether the next batch is one to be put together with the one before."""
+        return not self._settled and (i + 1 < FIRST or i & (i + 1) == 0)
+
+    def asks(self, i: int, held: Any) -> bool:
+        """Whether a batch is, since it or the one before was not seen yet as it is."""
+        if not self.asks_after(i - 1):
+            return False
+        before, look = self._changed, _look(held)
+        self._changed = self._seen.get(i) != look
+        self._seen[i] = look
+        return self._changed or before
+
+    def examine(self, first: Any, second: Any, place: Place) -> str:
+        """Put two batches together: "mean", "perhaps", "sum", "divisor", or a reason to doubt.
+
+        "nothing" if losses are not numbers, or all zero: the product will say why, or that is right.
+        """
+        situations = [Losses(place)]
+        if any(m.training for m in place.modules):  # samples see each other, or are random
+            situations.append(Losses(place, evaluating=True))
+        near = Losses(place, evaluating=len(situations) > 1, near=True)
+        tried: list[Losses] = []
+        verdicts: list[str] = []
+        for losses in (*situations, near):
+            if losses is near and (not verdicts or verdicts[0] == "neither"):
+                break
+            try:
+                losses(first), losses(second)
+            except Exception:  # which a product meets, too, or which is of the other situation
+                continue
+            tried.append(losses)
+            verdicts = self._verdicts(losses, first, second) or verdicts
+            if verdicts and verdicts[-1] in ("mean", "sum"):
+                return verdicts[-1]
+        if situations[0] not in tried:
+            return "nothing"
+        if not verdicts:
+            return self._apart(tried[-1], first, second)
+        if verdicts[0] != "neither":
+            return verdicts[0]
+        return self._divisor(tried[-1], first, second) or self._settle("coupled")
+
+    def _verdicts(self, losses: Losses, first: Any, second: Any) -> list[str]:
+        """What each reading of the batches says, up to one that is sure."""
+        found: list[str] = []
+        for reading in [self._reading] if self._reading else READINGS:
+            pair = losses.pair(reading, first, second)
+            if pair is None:
+                continue
+            for weight in self._weights(reading):
+                weights = weight(first), weight(second)
+                verdict = "neither" if min(weights) <= 0 else pair.verdict(*weights)
+                if verdict == "mean":
+                    self._reading, self.weight = reading, self.weight or weight
+                if verdict in ("mean", "sum"):
+                    return [*found, verdict]
+                found.append(verdict)
+        return found
+
+    def _weights(self, reading: Reading) -> list[Weight]:
+        if self.weight is not None:
+            return [self.weight]
+        if self._guesses:
+            return self._guesses
+        return [lambda batch: float(reading.count(batch) or self._assumed(batch))]
+
+    def _divisor(self, losses: Losses, first: Any, second: Any) -> str | None:
+        """Whether the loss is a mean with other weights, or a sum beside something constant."""
+        found: set[str] = set()
+        for reading in [self._reading] if self._reading else READINGS:
+            for pieces in _pieces(reading, first, second):
+                pairs = [losses.pair(reading, pieces[i], pieces[j]) for i, j in _TWO_OF_THREE]
+                if all(pairs) and (said := divisor(*(p for p in pairs if p is not None))):
+                    found.add(said)
+            if found:
+                break
+        return found.pop() if len(found) == 1 and "neither" not in found else None
+
+    def _apart(self, losses: Losses, first: Any, second: Any) -> str:
+        """What parts of each batch tell, where the two cannot be put together."""
+        found = []
+        for whole in (first, second):
+            for reading in READINGS:
+                halves = next(_halves(reading, whole), None)
+                pair = halves and losses.pair(reading, *halves)
+                if not pair:
+                    continue
+                weights = [float(reading.count(half) or 0) for half in halves or ()]
+                found.append(pair.verdict(*weights))
+                if found[-1] == "sum":
+                    return "sum"
+                break
+        alike = _shapes(first) == _shapes(second) != ()
+        if alike and len(found) == 2 and all(v in ("mean", "perhaps") for v in found):
+            return "mean"
+        return self._settle("apart")
+
+    def _settle(self, doubt: str) -> str:
+        self._settled, self.weight = True, self.weight or self._assumed
+        return doubt
+
+
+_TWO_OF_THREE = ((0, 1), (1, 2), (0, 2))
+
+
+class Losses:
+    """The losses of batches at a place.
+
+    With every module in eval mode if ``evaluating``: what couples samples or draws random numbers is
+    mostly gone there, and what the loss divides by is not. At a point beside the live one if
+    ``near``: there no losses are zero, or all alike.
+    """
+
+    def __init__(self, place: Place, *, evaluating: bool = False, near: bool = False) -> None:
+        self._place, self._near = place, near
+        self._modes = [(m, False) for m in place.modules] if evaluating else []
+        self._eps = max(torch.finfo(p.dtype).eps for p in place.point.values())
+        self._known: dict[int, tuple[Any, float]] = {}
+
+    def pair(self, reading: Reading, first: Any, second: Any) -> Pair | None:
+        """The losses of two batches and of both; None if there is no such batch."""
+        try:
+            both = self(reading.joined(first, second))
+            losses = self(first), self(second), both
+        except Exception:  # batches that do not fit together, in the ways of any model
+            return None
+        slack = max(30 * _SINGLE, 8 * self._eps) * max(map(abs, losses))
+        w, u = (float(reading.count(b) or 0) for b in (first, second))
+        if w + u > 0 and Pair(*losses, slack).verdict(w, u) not in ("mean", "sum"):
+            # Rounding inside the model, or random numbers, show in another order of the samples.
+            slack += 3 * abs(self(reading.joined(second, first)) - both)
+        return Pair(*losses, slack)
+
+    def __call__(self, batch: Any) -> float:
+        if id(batch) not in self._known:
+            self._known[id(batch)] = batch, self._evaluated(batch)
+        return self._known[id(batch)][1]
+
+    def _evaluated(self, batch: Any) -> float:
+        with torch.inference_mode(False), _InModes(self._modes):
+            if not self._near:
+                try:
+                    with torch.no_grad():
+                        return self._value(self._place.point, batch)
+                except RuntimeError:
+                    pass  # a loss that differentiates by its inputs
+            with torch.enable_grad():
+                return self._value(self._point(), batch)
+
+    def _value(self, point: dict[str, Tensor], batch: Any) -> float:
+        place = self._place
+        return float(place.function(point, place.state, batch, place.seed).detach())
+
+    def _point(self) -> dict[str, Tensor]:
+        point = self._place.point
+        if not self._near:
+            return point
+        generator = torch.Generator().manual_seed(0)
+
+        def moved(p: Tensor) -> Tensor:
+            step = torch.randn(p.shape, generator=generator, device="cpu").to(p)
+            return (p.detach() + step * (0.1 * p.detach().abs() + 0.03)).requires_grad_()
+
+        return {name: moved(p) for name, p in point.items()}
+
+
+_SINGLE = torch.finfo(torch.float32).eps
+
+
+class _InModes(Exchange):
+    """Modules in train or eval mode as given."""
+
+    def __init__(self, modes: list[tuple[nn.Module, bool]]) -> None:
+        super().__init__()
+        self._modes = modes
+
+    def _change(self) -> None:
+        for module, mode in self._modes:
+            if module.training != mode:
+                self._noted(setattr, module, "training", module.training)
+                module.training = mode
+
+
+def _halves(reading: Reading, batch: Any) -> Iterator[tuple[Any, Any]]:
+    """A batch in two parts, cut at several places."""
+    n = reading.count(batch) or 0
+    for at in dict.fromkeys((n // 2, n // 3, n - n // 3)):
+        if 0 < at < n:
+            yield reading.part(batch, slice(0, at)), reading.part(batch, slice(at, n))
+
+
+def _pieces(reading: Reading, first: Any, second: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Three batches out of two."""
+    if reading.count(first) is None or reading.count(second) is None:
+        return
+    for whole, other in ((first, second), (second, first)):
+        for a, b in _halves(reading, whole):
+            yield a, b, other
+            for c, d in _halves(reading, b):
+                yield a, c, d
+
+
+def _given(guess: Callable[[nn.Module, Any], float], model: nn.Module) -> Weight:
+    return lambda batch: guess(model, batch)
+
+
+def _look(batch: Any) -> Any:
+    """What changes when a batch held by the user is replaced or written to."""
+    return [_glance(array) for array in arrays_inside(batch)]
+
+
+def _glance(array: Tensor | np.ndarray) -> Any:
+    if isinstance(array, Tensor):
+        version = 0 if array.is_inference() else array._version
+        place: Any = id(array), version, tuple(array.shape)
+        if array.device.type != "cpu" or array.layout is not torch.strided or array.requires_grad:
+            return place
+        if array.nbytes > SMALL or array.dtype is torch.bfloat16:
+            return place
+        return place, zlib.crc32(np.ascontiguousarray(array.detach().numpy()).data)
+    if array.nbytes > SMALL or array.dtype.hasobject:
+        return id(array), array.shape
+    return id(array), zlib.crc32(np.ascontiguousarray(array).data)
+
+
+def _shapes(batch: Any) -> tuple[Any, ...]:
+    return tuple(tuple(a.shape) for a in arrays_inside(batch))
+
+
+def _checked(weight: Any) -> float:
+    value = float(weight)
+    if not (value >= 0 and isfinite(value)):
+        raise ValueError(f"a batch has weight {value}; weights must be finite non-negative numbers")
+    return value
