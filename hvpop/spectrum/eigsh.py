@@ -75,7 +75,7 @@ def eigsh(
     -------
     Eigenpairs
         Ascending eigenvalues. ``status`` is "converged": the residuals are as small as asked, and no
-        copy of a wanted eigenvalue is missing, but for a chance of 0.2 %. Else "max products",
+        copy of a wanted eigenvalue is missing, but for a chance of 0.5 %. Else "max products",
         "unresolved copies" (the budget was spent while one might still be missing), "stagnated"
         (``rtol`` is below what the dtype or the deflated vectors allow) or "interrupted" (Ctrl-C);
         then the pairs are the best so far, fewer than ``k`` after fewer products, and `residuals`

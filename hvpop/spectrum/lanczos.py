@@ -178,7 +178,7 @@ class Lanczos(Task[Krylov]):
 
     def _search(self, state: Krylov) -> Krylov:
         """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""
-        keep = min(self.keep, state.size)
+        keep = min(max(self.keep, self.basis - 3 * self.block), state.size)
         known = state.Q[: state.size].T @ state.S[:, :keep].to(state.Q)
         fresh = self._random(min(self.block, self.room - keep), "search", state.products)
         state = self._restarted(state, keep, self._orthonormal(fresh, known))
@@ -219,15 +219,26 @@ class Lanczos(Task[Krylov]):
     def _searched(self, state: Krylov, theta: Tensor, S: Tensor) -> Krylov:
         """After one step of the search: over, or back to finding what was missing."""
         assert state.search is not None
-        mu, Y = torch.linalg.eigh(state.T[self.k :, self.k :])
+        mu = torch.linalg.eigvalsh(state.T[self.k :, self.k :])
         if any(self._enters(state, value) for value in mu.tolist()):
-            order = _order(theta, self.which)
-            state = replace(state, theta=theta[order], S=S[:, order], estimates=theta * torch.inf)
-            return replace(state, search=None, residuals=torch.empty(0), renewed=torch.inf)
+            return self._resumed(state, theta, S)
         spent = state.products - state.search.begun
         enough = spent >= max(2, state.search.begun // 15)
         over = (enough and state.search.suspects.shape[0] == 0) or state.X.shape[1] == 0
         return replace(state, done=over)
+
+    def _resumed(self, state: Krylov, theta: Tensor, S: Tensor) -> Krylov:
+        """Back from a search to finding pairs, with all that the basis knows by now."""
+        X, size = state.X, state.size
+        if X.shape[1] == 0:
+            fresh = self._random(min(self.block, self.room - size), "resumed", state.products)
+            X = self._orthonormal(fresh, state.Q[:size].T)
+        state = replace(state, X=X, search=None, residuals=torch.empty(0), renewed=torch.inf)
+        if X.shape[1] == 0:  # nothing is left to search
+            return self._ranked(state, theta.new_zeros(1, 1), theta, S)
+        order = _order(theta, self.which)
+        estimates = torch.full_like(theta, torch.inf)
+        return replace(state, theta=theta[order], S=S[:, order], estimates=estimates)
 
     def _condensed(self, state: Krylov) -> Krylov:
         """In a search, the pairs found as they are, and the best of the rest, ready for a restart."""
@@ -435,7 +446,7 @@ class Lanczos(Task[Krylov]):
         return self._search(replace(state, done=False))
 
 
-_MISSED = 2e-3  # the probability that a search overlooks what is missing
+_MISSED = 5e-3  # the probability that a search overlooks what is missing
 _RANDOM_PART = 1e-2  # of a warm start
 
 
