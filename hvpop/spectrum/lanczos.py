@@ -109,7 +109,9 @@ class Lanczos(Task[Krylov]):
         X = self._orthonormal(self._first())
         none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         Q, W = self._buffer(), self._buffer()
-        return Krylov(Q, W, 0, X, square, none, square, none, none, 0.0, None, False, 0.0, torch.inf, 0, ())
+        return Krylov(
+            Q, W, 0, X, square, none, square, none, none, 0.0, None, False, 0.0, torch.inf, 0, ()
+        )
 
     def price(self, state: Krylov) -> int:
         return max(1, state.X.shape[1])
@@ -164,17 +166,30 @@ class Lanczos(Task[Krylov]):
         return state.residuals.max().item() < 0.9 * state.renewed
 
     def _renewed(self, state: Krylov) -> Krylov:
-        """Go on from the residuals themselves: a search leaves no vector that would reduce them."""
-        k, keep = min(self.k, state.theta.shape[0]), min(self.keep, state.S.shape[0])
-        worst = state.residuals.argsort(descending=True)[: min(self.block, self.room - keep)]
-        R = self._residuals(state, k)[:, worst.to(state.Q.device)]
-        renewed = state.residuals.max().item()
-        state = self._restarted(state, keep, state.X)
-        X = self._orthonormal(R / torch.linalg.vector_norm(R, dim=0), state.Q[:keep].T)
+        """Go on from the residuals themselves: a search leaves no vectors that would reduce them.
+
+        Those of one Krylov space are parallel, up to ``block``; where the kept ones are not, only the
+        wanted are kept, with as many vectors to multiply next as their residuals have directions.
+        """
+        renewed, k = state.residuals.max().item(), min(self.k, state.theta.shape[0])
+        keep = min(self.keep, state.S.shape[0])
+        X = self._directions(state, keep)
+        if X.shape[1] > self.block:
+            keep, X = k, self._directions(state, k)
+            X = X[:, : max(self.block, (self.basis - k) // 2)]
+        state = self._restarted(state, keep, X)
         return replace(
-            state, X=X, residuals=torch.empty(0), search=None, done=False, renewed=renewed,
+            state, X=self._orthonormal(X, state.Q[:keep].T, 1)[:, : self.room - keep],
+            residuals=torch.empty(0), search=None, done=False, renewed=renewed,
             estimates=torch.full((keep,), torch.inf, dtype=torch.float64),
         )  # fmt: skip
+
+    def _directions(self, state: Krylov, count: int) -> Tensor:
+        """Of the first ``count`` residuals, as far as they are larger than they may be."""
+        R = self._searchable(self._residuals(state, count))
+        V, s, _ = torch.linalg.svd(R, full_matrices=False)
+        many = int((s > 0.1 * self.rtol * state.norm).sum())
+        return V[:, : max(1, many)]
 
     def _search(self, state: Krylov) -> Krylov:
         """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""
@@ -293,7 +308,9 @@ class Lanczos(Task[Krylov]):
 
     def report(self, state: Krylov) -> str:
         found = int((state.estimates[: self.k] <= self.rtol * state.norm).sum())
-        residual = f"residual {self.source.unit * state.history[-1][1]:.1e}" if state.history else "start"
+        residual = (
+            f"residual {self.source.unit * state.history[-1][1]:.1e}" if state.history else "start"
+        )
         return f"{residual}, {found} of {self.k} found"
 
     # -- pieces -----------------------------------------------------------------------------------
@@ -343,13 +360,14 @@ class Lanczos(Task[Krylov]):
     def _restarted(self, state: Krylov, keep: int, X: Tensor) -> Krylov:
         rows = state.S.shape[0]
         keep = min(keep, rows)
-        S = state.S[:, :keep].to(state.Q)
+        kept = state.S[:, :keep]
+        S = kept.to(state.Q)
         Q, W = self._buffer(), self._buffer()
         Q[:keep], W[:keep] = S.T @ state.Q[:rows], S.T @ state.W[:rows]
-        theta, eye = state.theta[:keep], torch.eye(keep, dtype=torch.float64)
+        T = kept.T @ state.T[:rows, :rows] @ kept  # not quite diagonal, in a search
         return replace(
-            state, Q=Q, W=W, size=keep, X=X, T=torch.diag(theta), theta=theta, S=eye,
-            estimates=state.estimates[:keep],
+            state, Q=Q, W=W, size=keep, X=X, T=(T + T.T) / 2, theta=state.theta[:keep],
+            S=torch.eye(keep, dtype=torch.float64), estimates=state.estimates[:keep],
         )  # fmt: skip
 
     def measured(self, state: Krylov) -> tuple[Tensor, Tensor]:

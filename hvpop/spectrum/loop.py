@@ -87,7 +87,10 @@ def run(
     if checkpoint is not None:
         file = Checkpoint(checkpoint, task.name, task.A, task.settings())
         saved = file.load()
-        state = None if saved is None else task.unpack(saved)
+        try:
+            state = None if saved is None else task.unpack(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise file.foreign() from error
     if state is None:
         state = task.start()
     status: Status

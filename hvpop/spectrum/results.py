@@ -10,7 +10,12 @@ from torch import Tensor
 from ..operators.wording import counted
 
 Status = Literal[
-    "converged", "max products", "unresolved copies", "stagnated", "low end unresolved", "interrupted"
+    "converged",
+    "max products",
+    "unresolved copies",
+    "stagnated",
+    "low end unresolved",
+    "interrupted",
 ]
 """How a computation ended.
 
