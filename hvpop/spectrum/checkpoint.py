@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
+import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
-from ..operators.crossing import working_dtype
-from . import probes
+from . import expression, probes
 
-_FORMAT = 1
+_FORMAT = 2
 _PAUSE = 10.0  # seconds between two saves at least, ...
 _SHARE = 0.05  # ... and more where saving would take a larger share of the time than this
 
@@ -23,9 +27,10 @@ _SHARE = 0.05  # ... and more where saving would take a larger share of the time
 class Checkpoint:
     """The file ``path`` for a computation called ``task``, run with ``settings`` on ``A``.
 
-    The operator is recognised by its product with a seeded vector of signs, so that the same matrix
-    is accepted from a new process and another point, data set or loss is not. It costs one product,
-    which is not counted in the budget.
+    The operator is recognised by how it is put together (sums, scales, damping) and by the product of
+    each of its parts with a seeded vector of signs, so that the same matrix is accepted from a new
+    process and another point, data set, loss or damping is not. It costs about one product, which is
+    not counted in the budget. What the file holds carries a checksum.
     """
 
     def __init__(
@@ -35,7 +40,8 @@ class Checkpoint:
         A: LinearOperator,
         settings: Mapping[str, Any],
     ) -> None:
-        self.path = Path(path)
+        self.path, self._task = Path(path), task
+        self._target = Path(os.path.realpath(path))  # a link stays one
         self._refuse_place(task)
         self.identity = {
             "format": _FORMAT,
@@ -43,48 +49,76 @@ class Checkpoint:
             "shape": list(A.shape),
             "dtype": str(A.torch_dtype),
             "device": A.device.type,
+            "operator": expression.structure(A),
             "settings": dict(settings),
         }
-        self._dtype = working_dtype(A.torch_dtype)
-        probe = probes.signs(A.shape[1], 1, self._dtype, A.device, "checkpoint")
-        self._product = (A @ probe)[:, 0].cpu()
+        self._products = expression.products(A)
         self._device = A.device
         self._saved_at = time.monotonic()
         self._cost = 0.0
+        self._warned = False
 
     def load(self) -> dict[str, Any] | None:
         """The saved state, each tensor where it was; None if there is no file yet."""
-        if not self.path.exists():
-            return None
         try:
-            file = torch.load(self.path, map_location=self._place, weights_only=True)
-            identity, product, state = file["identity"], file["product"], file["state"]
-        except OSError:
-            raise
+            file = torch.load(self._target, map_location=self._place, weights_only=True)
+            identity = dict(file["identity"])
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # torch seeks beyond the ends of a file that was cut
+                raise
+            raise self.foreign() from error
         except Exception as error:  # whatever torch makes of a file of another kind
-            raise ValueError(
-                f"{self.path} is not a checkpoint of hvpop.spectrum; give another path, "
-                "or delete the file"
-            ) from error
-        self._refuse_other(identity, product)
-        return dict(state)
+            raise self.foreign() from error
+        self._refuse_other(identity)
+        if file.get("checksum") != _checksum({**file, "checksum": None}):
+            raise self.foreign()
+        self._refuse_operator(file["products"])
+        return dict(file["state"])
+
+    def foreign(self) -> ValueError:
+        """What is said of a file that `save` has not written."""
+        return ValueError(
+            f"{self.path} is not a checkpoint of hvpop.spectrum; give another path, "
+            "or delete the file"
+        )
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the file by ``state``; at any moment the file is either the old or the new one."""
+        """Replace the file by ``state``; at any moment the file is either the old or the new one.
+
+        What cannot be written is said once: a disk that is full must not cost the result.
+        """
         start = time.monotonic()
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        content = {"identity": self.identity, "product": self._product, "state": dict(state)}
+        content = {"identity": self.identity, "products": self._products, "state": dict(state)}
         try:
-            with temporary.open("wb") as file:
+            self._write({**content, "checksum": _checksum({**content, "checksum": None})})
+        except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self._task} goes on, but its checkpoint {self.path} cannot be written "
+                    f"({type(error).__name__}: {error}); make room, or make the folder writable",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - start
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        folder = self._target.parent
+        descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=".hvpop-", dir=folder)
+        temporary = Path(name)
+        try:
+            with open(descriptor, "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.path)
+            temporary.replace(self._target)
         finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(self.path.parent)
-        self._saved_at = time.monotonic()
-        self._cost = self._saved_at - start
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        _sync_folder(folder)
 
     def due(self) -> bool:
         """Whether it is time to save again."""
@@ -101,27 +135,52 @@ class Checkpoint:
                 f"{task} expects checkpoint to be the path of a file, got the folder {self.path}; "
                 f"give a path in it, such as {self.path / 'state.pt'}"
             )
-        if not self.path.parent.is_dir():
+        if not self._target.parent.is_dir():
             raise FileNotFoundError(
                 f"{task} expects checkpoint to be a path in a folder that exists, got {self.path}; "
-                f"make the folder {self.path.parent}, or give another path"
+                f"make the folder {self._target.parent}, or give another path"
             )
 
-    def _refuse_other(self, identity: Mapping[str, Any], product: Tensor) -> None:
+    def _refuse_other(self, identity: Mapping[str, Any]) -> None:
         for key, mine in self.identity.items():
             if identity.get(key) != mine:
                 raise ValueError(
                     f"checkpoint {self.path} belongs to another computation: its {key} is "
                     f"{identity.get(key)!r}, here it is {mine!r}; delete it or choose another path"
                 )
-        # Rounding may differ between machines and thread counts, another point differs by far more.
-        difference = (product - self._product).norm() / self._product.norm().clamp_min(1e-300)
-        if not difference <= 1e3 * torch.finfo(self._dtype).eps:
+
+    def _refuse_operator(self, products: list[Tensor]) -> None:
+        differences = map(expression.difference, products, self._products)
+        if (largest := max(differences, default=0.0)) > 0:
             raise ValueError(
-                f"checkpoint {self.path} belongs to another operator (another point, data set or "
-                f"loss): their products with the same vector differ by {difference.item():.1e}; "
+                f"checkpoint {self.path} belongs to another operator (another point, data set, loss "
+                f"or damping): their products with the same vector differ by {largest:.1e}; "
                 "delete it or choose another path"
             )
+
+
+def _checksum(content: Any) -> str:
+    """Of nested mappings, lists, tensors and plain values: their types, shapes and bits."""
+    hashed = hashlib.blake2b(digest_size=16)
+
+    def feed(part: Any) -> None:
+        if isinstance(part, Tensor):
+            hashed.update(repr((part.dtype, tuple(part.shape))).encode())
+            bits = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            hashed.update(memoryview(bits.numpy()))
+        elif isinstance(part, Mapping):
+            for key in sorted(part, key=repr):
+                hashed.update(repr(key).encode())
+                feed(part[key])
+        elif isinstance(part, list | tuple):
+            hashed.update(repr(len(part)).encode())
+            for item in part:
+                feed(item)
+        else:
+            hashed.update(repr(part).encode())
+
+    feed(content)
+    return hashed.hexdigest()
 
 
 def digest(V: Tensor | None) -> str | None:
@@ -135,8 +194,9 @@ def digest(V: Tensor | None) -> str | None:
 
 def _sync_folder(folder: Path) -> None:
     if os.name == "posix":  # the new name itself must reach the disk
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # not every file system can
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

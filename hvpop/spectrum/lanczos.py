@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -10,13 +11,31 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
+from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from . import probes
 from .checkpoint import digest
 from .loop import Task
+from .measured import Measured
 from .results import Eigenpairs, Status
 
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a second Krylov space, begun at random outside of what is found, tells of missing eigenvalues.
+
+    Let ``u`` be a unit eigenvector that is missing, for the eigenvalue ``x``: orthogonal to all that is found,
+    and to the Krylov space that it was found in. Then ``Q'u = amplitudes @ a`` and ``X'u = ahead @ a``, where
+    ``a`` is its part in the random start, because ``u'A = x u'`` continues them from step to step.
+    As ``|Q'u| <= 1``, ``a`` must be small, which for a random start is improbable.
+    """
+
+    suspects: Tensor  # (c,), the places x where an eigenvalue may still be missing
+    amplitudes: Tensor  # (c, size, b)
+    ahead: Tensor  # (c, width of X, b)
+    begun: int  # the products before
 
 
 @dataclass(frozen=True)
@@ -36,8 +55,10 @@ class Krylov:
     estimates: Tensor  # (j,), their residuals by the recurrence
     residuals: Tensor  # (k,), measured; empty while the estimates are too large
     norm: float  # the largest |theta| seen
-    search: int  # rows known before the search for missed copies, 0 outside of it
-    done: bool  # whether that search is over
+    search: Search | None  # for copies, once all pairs are found
+    done: bool  # whether that search is over ...
+    rtol: float  # ... and to what tolerance
+    renewed: float  # the largest residual where the next vectors were last taken from the residuals
     products: int
     history: tuple[tuple[int, float], ...]
 
@@ -55,9 +76,11 @@ class Lanczos(Task[Krylov]):
         v0: Tensor | None,
         deflate: Tensor | None,
         rtol: float | None,
-        seed: int,
+        seed: Seed,
     ) -> None:
-        self.A, self.k, self.which, self.seed = A, k, which, seed
+        self.A, self.k, self.which = A, k, which
+        self.seed = arguments.seed("eigsh", seed)
+        self.source = Measured("eigsh", A)  # states are in its units; what leaves is not
         self.dtype = working_dtype(A.torch_dtype)
         n = A.shape[0]
         self.v0 = self._columns("v0", v0)
@@ -86,17 +109,19 @@ class Lanczos(Task[Krylov]):
         X = self._orthonormal(self._first())
         none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         Q, W = self._buffer(), self._buffer()
-        return Krylov(Q, W, 0, X, square, none, square, none, none, 0.0, 0, False, 0, ())
+        return Krylov(
+            Q, W, 0, X, square, none, square, none, none, 0.0, None, False, 0.0, torch.inf, 0, ()
+        )
 
     def price(self, state: Krylov) -> int:
         return max(1, state.X.shape[1])
 
     def advance(self, state: Krylov, left: int) -> Krylov:
         if state.size + state.X.shape[1] > state.Q.shape[0]:
-            state = self._restarted(state, self.keep, state.X)
+            state = self._restarted(self._condensed(state), self.keep, state.X)
         X, j = state.X, state.size
         size = j + X.shape[1]
-        AX = self.A @ X
+        AX = self.source @ X
         state.Q[j:size], state.W[j:size] = X.T, AX.T
         Q = state.Q[:size].T
         F, C = self._against(AX, Q)
@@ -108,10 +133,11 @@ class Lanczos(Task[Krylov]):
         theta, S = torch.linalg.eigh(T)
         norm = max(state.norm, -theta[0].item(), theta[-1].item())
         products = state.products + X.shape[1]
-        X, coupling = self._next(F, Q, norm, products)
+        X, coupling = self._next(F, Q, norm, products, fill=state.search is None)
         grown = replace(state, size=size, X=X, T=T, norm=norm, products=products)
-        if state.search:
-            return self._searched(grown, coupling)
+        if state.search is not None:
+            search = self._followed(state.search, coupling, C)
+            return self._searched(replace(grown, search=search), theta, S)
         return self._ranked(grown, coupling, theta, S)
 
     def _ranked(self, state: Krylov, coupling: Tensor, theta: Tensor, S: Tensor) -> Krylov:
@@ -127,38 +153,121 @@ class Lanczos(Task[Krylov]):
             return replace(state, residuals=torch.empty(0))
         residuals = self.measured(state)[1]
         state = replace(state, residuals=residuals, done=state.X.shape[1] == 0)
-        return state if state.done or residuals.max() > limit else self._search(state)
+        if not state.done and residuals.max() <= limit:
+            return self._search(state)
+        held_up = worst <= self._floor(state) and residuals.max() > limit and not state.done
+        return self._renewed(state) if held_up and self._improves(state) else state
+
+    def _floor(self, state: Krylov) -> float:
+        """Estimates as small as this beside residuals that are not: these are held up by something else."""
+        return max(0.1 * self.rtol, 4 * self.eps) * state.norm
+
+    def _improves(self, state: Krylov) -> bool:
+        return state.residuals.max().item() < 0.9 * state.renewed
+
+    def _renewed(self, state: Krylov) -> Krylov:
+        """Go on from the residuals themselves: a search leaves no vectors that would reduce them.
+
+        Those of one Krylov space are parallel, up to ``block``; where the kept ones are not, only the
+        wanted are kept, with as many vectors to multiply next as their residuals have directions.
+        """
+        renewed, k = state.residuals.max().item(), min(self.k, state.theta.shape[0])
+        keep = min(self.keep, state.S.shape[0])
+        X = self._directions(state, keep)
+        if X.shape[1] > self.block:
+            keep, X = k, self._directions(state, k)
+            X = X[:, : max(self.block, (self.basis - k) // 2)]
+        state = self._restarted(state, keep, X)
+        return replace(
+            state, X=self._orthonormal(X, state.Q[:keep].T, 1)[:, : self.room - keep],
+            residuals=torch.empty(0), search=None, done=False, renewed=renewed,
+            estimates=torch.full((keep,), torch.inf, dtype=torch.float64),
+        )  # fmt: skip
+
+    def _directions(self, state: Krylov, count: int) -> Tensor:
+        """Of the first ``count`` residuals, as far as they are larger than they may be."""
+        R = self._searchable(self._residuals(state, count))
+        V, s, _ = torch.linalg.svd(R, full_matrices=False)
+        many = int((s > 0.1 * self.rtol * state.norm).sum())
+        return V[:, : max(1, many)]
 
     def _search(self, state: Krylov) -> Krylov:
-        """Begin to look for copies of eigenvalues, from a random vector outside of what is known."""
-        keep = min(self.keep, state.size)
+        """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""
+        keep = min(max(self.keep, self.basis - 3 * self.block), state.size)
         known = state.Q[: state.size].T @ state.S[:, :keep].to(state.Q)
         fresh = self._random(min(self.block, self.room - keep), "search", state.products)
         state = self._restarted(state, keep, self._orthonormal(fresh, known))
-        return replace(state, search=keep, done=state.X.shape[1] == 0)
+        places = [x for x in self._places(state).tolist() if self._enters(state, x)]
+        suspects = torch.tensor(places, dtype=torch.float64)
+        c, b = suspects.shape[0], state.X.shape[1]
+        ahead = torch.eye(b, dtype=torch.float64).expand(c, b, b)
+        search = Search(suspects, ahead.new_zeros(c, keep, b), ahead, state.products)
+        return replace(state, search=search, done=b == 0, rtol=self.rtol)
 
-    def _searched(self, state: Krylov, coupling: Tensor) -> Krylov:
-        """One step of the search: the rows from ``search`` on are a Krylov space of their own."""
-        b, start = coupling.shape[1], state.search
-        mu, S = torch.linalg.eigh(state.T[start:, start:])
-        radii = (coupling @ S[-b:]).norm(dim=0)
-        # At the ends of the spectrum a Ritz value bounds an eigenvalue; inside only a sharp one counts.
-        sure = mu.abs() + radii if self.which == "SM" else mu
-        missing = [i for i, value in enumerate(sure.tolist()) if self._enters(state, value)]
-        if missing:
-            V = state.Q[start : state.size].T @ S[:, missing[-b:]].to(state.Q)
-            known = state.Q[: self.k].T
-            state = self._restarted(state, self.k, self._orthonormal(V, known))
-            return replace(state, search=0, residuals=torch.empty(0))
-        # Could a wanted one still come of it? The residual says how far a Ritz value may move, but a
-        # start that is nearly orthogonal to what it looks for makes it small at first.
-        low, high = mu - _CAUTION * radii, mu + _CAUTION * radii
-        inner = torch.minimum(low.clamp_min(0.0), high)  # what is closest to zero
-        possible = any(self._enters(state, end) for end in torch.cat([low, high, inner]).tolist())
-        spent = mu.shape[0]
-        enough = max(2, (state.products - spent) // (6 if possible else 15))
-        full = state.size + state.X.shape[1] > state.Q.shape[0]
-        return replace(state, done=spent >= enough or full or state.X.shape[1] == 0)
+    def _places(self, state: Krylov) -> Tensor:
+        """Where a missing eigenvalue is to be ruled out: at those found, for copies.
+
+        What is beyond them a random start has itself seen; one that was given has not.
+        """
+        found = state.theta[: self.k]
+        if self.v0.shape[1] == 0:
+            return found
+        beyond = 1.5 * self.rtol * state.norm
+        places = torch.cat([found, found + beyond, found - beyond])
+        return torch.cat([places, -places]) if self.which in ("LM", "SM") else places
+
+    def _followed(self, search: Search, coupling: Tensor, C: Tensor) -> Search:
+        """One step on: ``F'u = x X'u - C'Q'u`` for the part ``F`` of ``A X`` outside of ``Q``."""
+        amplitudes = torch.cat([search.amplitudes, search.ahead], 1)
+        F = search.suspects[:, None, None] * search.ahead - C.T @ amplitudes
+        ahead = coupling / (coupling * coupling).sum(1, keepdim=True) @ F
+        # P(|M a| <= 1) is at most the density of a at 0 times the volume of that ellipsoid.
+        b = ahead.shape[2]
+        volumes = torch.linalg.svdvals(torch.cat([amplitudes, ahead], 1)).log().sum(1)
+        ball = b / 2 * math.log(math.pi) - math.lgamma(b / 2 + 1)
+        possible = ball + b / 2 * math.log(self.room / (2 * math.pi)) - volumes > math.log(_MISSED)
+        return replace(
+            search, suspects=search.suspects[possible], amplitudes=amplitudes[possible],
+            ahead=ahead[possible],
+        )  # fmt: skip
+
+    def _searched(self, state: Krylov, theta: Tensor, S: Tensor) -> Krylov:
+        """After one step of the search: over, or back to finding what was missing."""
+        assert state.search is not None
+        mu = torch.linalg.eigvalsh(state.T[self.k :, self.k :])
+        if any(self._enters(state, value) for value in mu.tolist()):
+            return self._resumed(state, theta, S)
+        spent = state.products - state.search.begun
+        enough = spent >= max(2, state.search.begun // 15)
+        over = (enough and state.search.suspects.shape[0] == 0) or state.X.shape[1] == 0
+        return replace(state, done=over)
+
+    def _resumed(self, state: Krylov, theta: Tensor, S: Tensor) -> Krylov:
+        """Back from a search to finding pairs, with all that the basis knows by now."""
+        X, size = state.X, state.size
+        if X.shape[1] == 0:
+            fresh = self._random(min(self.block, self.room - size), "resumed", state.products)
+            X = self._orthonormal(fresh, state.Q[:size].T)
+        state = replace(state, X=X, search=None, residuals=torch.empty(0), renewed=torch.inf)
+        if X.shape[1] == 0:  # nothing is left to search
+            return self._ranked(state, theta.new_zeros(1, 1), theta, S)
+        order = _order(theta, self.which)
+        estimates = torch.full_like(theta, torch.inf)
+        return replace(state, theta=theta[order], S=S[:, order], estimates=estimates)
+
+    def _condensed(self, state: Krylov) -> Krylov:
+        """In a search, the pairs found as they are, and the best of the rest, ready for a restart."""
+        if state.search is None:
+            return state
+        k, size = self.k, state.size
+        mu, Y = torch.linalg.eigh(state.T[k:, k:])
+        order = _order(mu, self.which)
+        S = torch.eye(size, dtype=torch.float64)
+        S[k:, k:] = Y[:, order]
+        theta = torch.cat([state.theta[:k], mu[order]])
+        amplitudes = S[:, : self.keep].T @ state.search.amplitudes
+        search = replace(state.search, amplitudes=amplitudes)
+        return replace(state, theta=theta, S=S, search=search)
 
     def _enters(self, state: Krylov, value: float) -> bool:
         """Whether an eigenvalue ``value`` would change the wanted ones by more than the tolerance."""
@@ -175,8 +284,11 @@ class Lanczos(Task[Krylov]):
         if state.residuals.max() <= self.rtol * state.norm:
             return "converged" if state.done else None
         # The estimates go on shrinking where rounding holds the true residuals up.
-        floor = state.estimates[: self.k].max() <= max(0.1 * self.rtol, 4 * self.eps) * state.norm
+        floor = state.estimates[: self.k].max() <= self._floor(state)
         return "stagnated" if floor or state.done else None
+
+    def short(self, state: Krylov) -> Status:
+        return "max products" if state.search is None else "unresolved copies"
 
     def result(self, state: Krylov, status: Status) -> Eigenpairs:
         k = min(self.k, state.theta.shape[0])
@@ -187,12 +299,18 @@ class Lanczos(Task[Krylov]):
         allowed = (1 + self.U.shape[1] ** 0.5) * self.rtol * state.norm
         if status == "converged" and self.U.shape[1] and residuals.max() > allowed:
             status = "stagnated"
-        eigenvalues, residuals = state.theta[ascending].to(Y), residuals[ascending].to(Y)
-        return Eigenpairs(eigenvalues, Y, residuals, state.products, status, state.history)
+        unit = self.source.unit
+        eigenvalues, residuals = (
+            (unit * values[ascending]).to(Y) for values in (state.theta, residuals)
+        )
+        history = tuple((products, unit * worst) for products, worst in state.history)
+        return Eigenpairs(eigenvalues, Y, residuals, state.products, status, history)
 
     def report(self, state: Krylov) -> str:
         found = int((state.estimates[: self.k] <= self.rtol * state.norm).sum())
-        residual = f"residual {state.history[-1][1]:.1e}" if state.history else "start"
+        residual = (
+            f"residual {self.source.unit * state.history[-1][1]:.1e}" if state.history else "start"
+        )
         return f"{residual}, {found} of {self.k} found"
 
     # -- pieces -----------------------------------------------------------------------------------
@@ -214,7 +332,9 @@ class Lanczos(Task[Krylov]):
                 Z[:, i] = V[:, i :: self.block].sum(1) + _RANDOM_PART * Z[:, i]
         return Z
 
-    def _next(self, F: Tensor, Q: Tensor, norm: float, place: int) -> tuple[Tensor, Tensor]:
+    def _next(
+        self, F: Tensor, Q: Tensor, norm: float, place: int, fill: bool
+    ) -> tuple[Tensor, Tensor]:
         """The block after ``F``, the part of ``A X`` outside of ``Q``, and their coupling ``(b, b)``.
 
         Directions that are lost in rounding (an invariant subspace is complete) are replaced by
@@ -226,7 +346,9 @@ class Lanczos(Task[Krylov]):
         s, Vh = s.cpu().double(), Vh.cpu().double()
         alive = s > 10 * self.eps * norm
         X, rounds = X @ V, 1  # F is orthogonal to Q, but for rounding in units of A X, not of F
-        if not alive.all():
+        if not (alive.all() or fill):
+            X, s, Vh = X[:, alive.to(X.device)], s[alive], Vh[alive]
+        elif not alive.all():
             rounds = 3
             lost = (~alive).nonzero()[:, 0].to(X.device)
             X[:, lost] = self._random(lost.shape[0], "lost", place)
@@ -238,24 +360,26 @@ class Lanczos(Task[Krylov]):
     def _restarted(self, state: Krylov, keep: int, X: Tensor) -> Krylov:
         rows = state.S.shape[0]
         keep = min(keep, rows)
-        S = state.S[:, :keep].to(state.Q)
+        kept = state.S[:, :keep]
+        S = kept.to(state.Q)
         Q, W = self._buffer(), self._buffer()
         Q[:keep], W[:keep] = S.T @ state.Q[:rows], S.T @ state.W[:rows]
-        theta, eye = state.theta[:keep], torch.eye(keep, dtype=torch.float64)
+        T = kept.T @ state.T[:rows, :rows] @ kept  # not quite diagonal, in a search
         return replace(
-            state, Q=Q, W=W, size=keep, X=X, T=torch.diag(theta), theta=theta, S=eye,
-            estimates=state.estimates[:keep],
+            state, Q=Q, W=W, size=keep, X=X, T=(T + T.T) / 2, theta=state.theta[:keep],
+            S=torch.eye(keep, dtype=torch.float64), estimates=state.estimates[:keep],
         )  # fmt: skip
 
     def measured(self, state: Krylov) -> tuple[Tensor, Tensor]:
         """Norms of ``A y - theta y`` and of its part in the space that is searched."""
-        k, rows = min(self.k, state.theta.shape[0]), state.S.shape[0]
-        S = state.S[:, :k].to(state.Q)
-        theta = state.theta[:k].to(S)
-        R = state.W[:rows].T @ S - state.Q[:rows].T @ (S * theta)
+        R = self._residuals(state, min(self.k, state.theta.shape[0]))
         inside = self._searchable(R)
         norms = [torch.linalg.vector_norm(V, dim=0).cpu().double() for V in (R, inside)]
         return norms[0], norms[1]
+
+    def _residuals(self, state: Krylov, k: int) -> Tensor:
+        rows, S = state.S.shape[0], state.S[:, :k].to(state.Q)
+        return state.W[:rows].T @ S - state.Q[:rows].T @ (S * state.theta[:k].to(S))
 
     def _against(self, V: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         """``V`` without its part in ``Q`` and the deflated space, and its coefficients in ``Q``."""
@@ -276,7 +400,8 @@ class Lanczos(Task[Krylov]):
             V = self._searchable(V)
             if Q is not None:
                 V = V - Q @ (Q.T @ V)
-            V = torch.linalg.qr(V)[0]
+            V, R = torch.linalg.qr(V)
+            V = V * torch.where(R.diagonal() < 0, -1.0, 1.0)  # what is orthonormal stays as it is
         return V
 
     def _buffer(self) -> Tensor:
@@ -310,10 +435,14 @@ class Lanczos(Task[Krylov]):
 
     def pack(self, state: Krylov) -> dict[str, Any]:
         used = {name: getattr(state, name)[: state.size].clone() for name in ("Q", "W")}
-        return {**super().pack(state), **used, "history": [list(pair) for pair in state.history]}
+        search = None if state.search is None else dict(vars(state.search))
+        history = [list(pair) for pair in state.history]
+        unit = self.source.unit
+        return {**super().pack(state), **used, "search": search, "history": history, "unit": unit}
 
     def unpack(self, saved: Mapping[str, Any]) -> Krylov:
         fields = dict(saved)
+        self.source.unit = fields.pop("unit")
         for name in ("Q", "W"):
             buffer = torch.empty(
                 self.basis, self.A.shape[0], dtype=self.dtype, device=self.A.device
@@ -321,10 +450,21 @@ class Lanczos(Task[Krylov]):
             buffer[: fields["size"]] = fields[name]
             fields[name] = buffer
         fields["history"] = tuple((count, worst) for count, worst in fields["history"])
-        return Krylov(**fields)
+        if fields["search"] is not None:
+            fields["search"] = Search(**fields["search"])
+        return self._tightened(Krylov(**fields))
+
+    def _tightened(self, state: Krylov) -> Krylov:
+        """``state``, ready to go on where it was good enough for a looser tolerance."""
+        over = state.done or state.search is not None
+        if not over or self.rtol >= state.rtol or state.size == self.room:
+            return state
+        if state.residuals.max() > self.rtol * state.norm:
+            return self._renewed(state)
+        return self._search(replace(state, done=False))
 
 
-_CAUTION = 3.0  # residuals
+_MISSED = 5e-3  # the probability that a search overlooks what is missing
 _RANDOM_PART = 1e-2  # of a warm start
 
 

@@ -53,6 +53,10 @@ class Task(ABC, Generic[S]):
     def verdict(self, state: S) -> Status | None:
         """How it ended, or None if there is more to do."""
 
+    def short(self, state: S) -> Status:
+        """How it ended where the budget did."""
+        return "max products"
+
     @abstractmethod
     def report(self, state: S) -> str:
         """What a user wants to see while waiting."""
@@ -83,7 +87,10 @@ def run(
     if checkpoint is not None:
         file = Checkpoint(checkpoint, task.name, task.A, task.settings())
         saved = file.load()
-        state = None if saved is None else task.unpack(saved)
+        try:
+            state = None if saved is None else task.unpack(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise file.foreign() from error
     if state is None:
         state = task.start()
     status: Status
@@ -100,7 +107,7 @@ def run(
                     bar.update(state.products - before)
                 if file is not None and file.due():
                     file.save(task.pack(state))
-        status = "max products" if verdict is None else verdict
+        status = task.short(state) if verdict is None else verdict
     except KeyboardInterrupt:
         if state.products == 0:
             raise  # there is nothing to return

@@ -9,10 +9,18 @@ from torch import Tensor
 
 from ..operators.wording import counted
 
-Status = Literal["converged", "max products", "stagnated", "low end unresolved", "interrupted"]
+Status = Literal[
+    "converged",
+    "max products",
+    "unresolved copies",
+    "stagnated",
+    "low end unresolved",
+    "interrupted",
+]
 """How a computation ended.
 
 "converged": the error is at most what was asked; "max products": the budget is spent;
+"unresolved copies": of `eigsh`, whose budget was spent while a wanted eigenvalue might still be missing;
 "stagnated": rounding allows no smaller error; "low end unresolved": of `logdet`, which does not know
 the smallest eigenvalues; "interrupted": Ctrl-C, this is what there was.
 """

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hvpop import Diagonal, LinearOperator
+from hvpop import Damped, Dense, Diagonal, FromFunction, Identity, LinearOperator
 from hvpop.spectrum import checkpoint as files
 from hvpop.spectrum import (
     diagonal,
@@ -21,7 +25,7 @@ from hvpop.spectrum import (
     trace,
 )
 
-from .spectra import F64, Watched, dense
+from .spectra import F64, Watched, dense, matrix
 
 A = dense(torch.linspace(0.5, 3, 120, dtype=F64))
 
@@ -107,12 +111,61 @@ def test_a_budget_that_cuts_a_round_short_changes_nothing_when_raised(
     assert torch.allclose(mine, theirs, rtol=1e-9)
 
 
-def test_another_operator_is_refused(tmp_path: Path) -> None:
+def run_with(A: LinearOperator, path: Path) -> Any:
+    return eigsh(A, 4, max_products=20, checkpoint=path)
+
+
+def hidden(A: LinearOperator) -> LinearOperator:
+    """The same matrix as a part that cannot be looked into."""
+    return FromFunction(lambda V: A @ V, A.shape, dtype=A.torch_dtype, symmetric=True)
+
+
+LARGE = Dense(1e4 * matrix(torch.linspace(0, 1, 120, dtype=F64))[0].float(), symmetric=True)
+EYE = Identity.like(A)
+ZEROED = torch.ones(120, dtype=F64)
+ZEROED[7] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (A, A + 1e-10 * EYE),
+        (A + 0.05 * EYE, A + 0.5 * EYE),
+        (LARGE + 0.05 * Identity.like(LARGE), LARGE + 0.5 * Identity.like(LARGE)),
+        (hidden(LARGE + 0.05 * Identity.like(LARGE)), hidden(LARGE + 0.5 * Identity.like(LARGE))),
+        (hidden(A), hidden(A + 1e-10 * EYE)),
+        (Damped(LARGE, 1e-3), Damped(LARGE, 2e-3)),
+        (Damped(A, ZEROED), Damped(A, torch.ones(120, dtype=F64))),
+        (A, 2.0 * A),
+        (A, 1.0000001 * A),
+        (A, -1.0 * A),
+        (A + 1e-9 * Diagonal(ZEROED), A + 1e-9 * EYE),
+        (A @ A, A**3),
+        (hidden(1e-30 * A), hidden(2e-30 * A)),
+    ],
+)  # fmt: skip
+def test_another_operator_is_refused(
+    one: LinearOperator, other: LinearOperator, tmp_path: Path
+) -> None:
     path = tmp_path / "state.pt"
-    eigsh(A, 4, max_products=20, checkpoint=path)
-    nearby = A + 1e-10 * Diagonal(torch.ones(120, dtype=F64))
-    with pytest.raises(ValueError, match=r"belongs to another operator .* differ by"):
-        eigsh(nearby, 4, checkpoint=path)
+    run_with(one, path)
+    with pytest.raises(ValueError, match="belongs to another (operator|computation)"):
+        run_with(other, path)
+    run_with(one, path)  # is still there
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_rounding_does_not_make_another_operator(precision: torch.dtype, tmp_path: Path) -> None:
+    M = matrix(torch.cat([torch.linspace(-1, 1, 119), torch.tensor([1e3])]))[0].to(precision)
+    half = M[:, :60], M[:, 60:]
+    backwards = FromFunction(  # the same sums in another order
+        lambda V: half[1].flip(1) @ V[60:].flip(0) + half[0].flip(1) @ V[:60].flip(0),
+        (120, 120), dtype=precision, symmetric=True,
+    )  # fmt: skip
+    once = hidden(Dense(M)) + Identity(120, dtype=precision)
+    again = backwards + Identity(120, dtype=precision)
+    found = run_with(once, tmp_path / "state.pt")
+    assert run_with(again, tmp_path / "state.pt").products == found.products
 
 
 @pytest.mark.parametrize(
@@ -154,6 +207,91 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_kept(content: object, tmp_p
     assert path.read_bytes() == before
 
 
+class Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def without(state: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != key}
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no Q": lambda s: without(s, "Q"),
+    "no products": lambda s: without(s, "products"),
+    "too large": lambda s: {**s, "size": 10**6},
+    "another shape": lambda s: {**s, "Q": s["Q"][:, :-1]},
+    "another type": lambda s: {**s, "T": s["T"].tolist()},
+    "another dtype": lambda s: {**s, "W": s["W"].float()},
+    "nan": lambda s: {**s, "Q": s["Q"] * torch.nan},
+    "negative": lambda s: {**s, "products": -(10**6)},
+    "one more": lambda s: {**s, "zz": 1},
+    "a list": lambda s: [1],
+    "nothing": lambda s: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_state_that_was_changed_is_no_checkpoint(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run_with(A, path)
+    file = torch.load(path, weights_only=True)
+    torch.save({**file, "state": DAMAGES[damage](file["state"])}, path)
+    watched = Watched(A)
+    with pytest.raises(ValueError, match="is not a checkpoint of hvpop"):
+        run_with(watched.operator, path)
+    assert watched.products == 1  # the fingerprint
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_file_is_no_checkpoint(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    eigsh(A, 4, max_products=20, checkpoint=path)
+    whole = bytearray(path.read_bytes())
+    path.write_bytes(bytes(whole[: int(share * len(whole))]))
+    with pytest.raises(ValueError, match="is not a checkpoint of hvpop"):
+        eigsh(A, 4, checkpoint=path)
+
+
+@pytest.mark.parametrize("wrap", [lambda h: h, lambda h: {"identity": h, "state": {}}])
+def test_a_file_runs_no_code(wrap: Callable[[Hostile], object], tmp_path: Path) -> None:
+    path, mark = tmp_path / "state.pt", tmp_path / "ran"
+    for write in (torch.save, lambda content, p: p.write_bytes(pickle.dumps(content))):
+        write(wrap(Hostile(mark)), path)
+        with pytest.raises(ValueError, match="is not a checkpoint of hvpop"):
+            eigsh(A, 4, checkpoint=path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize(("loose", "share"), [(1e-1, 1.5), (1e-2, 1.5), (1e-3, 1.0), (1e-5, 0.6)])
+def test_a_tightened_tolerance_goes_on_from_where_it_stands(
+    loose: float, share: float, block: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "state.pt"
+    steep = dense(torch.linspace(0, 1, 300, dtype=F64) ** 3)
+    eigsh(steep, 3, rtol=loose, block=block, checkpoint=path)
+    watched = Watched(steep)
+    tight = eigsh(watched.operator, 3, rtol=1e-9, block=block, checkpoint=path)
+    fresh = eigsh(steep, 3, rtol=1e-9, block=block)
+    assert tight.status == fresh.status == "converged"
+    assert watched.products - 1 < share * fresh.products  # a rough start is worth little
+    assert tight.residuals.max() <= 1e-9 * (1 + 1e-6)
+    torch.testing.assert_close(tight.eigenvalues, fresh.eigenvalues, rtol=0, atol=1e-12)
+
+
+def test_a_tightened_estimate_goes_on_from_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    loose = trace(A, rtol=0.1, method="hutchinson", checkpoint=path)
+    watched = Watched(A)
+    tight = trace(watched.operator, rtol=0.01, method="hutchinson", checkpoint=path)
+    assert tight.status == "converged"
+    assert watched.products - 1 == tight.products - loose.products
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_path_in_a_folder_that_is_missing_is_refused_before_any_product(
     name: str, tmp_path: Path
@@ -187,10 +325,64 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(
         raise OSError("disk full")
 
     monkeypatch.setattr(files.torch, "save", full_disk)
-    with pytest.raises(OSError, match="disk full"):
-        eigsh(A, 4, checkpoint=path)
+    with pytest.warns(RuntimeWarning, match="state.pt cannot be written .*disk full") as warned:
+        assert eigsh(A, 4, checkpoint=path).status == "converged"
+    assert len(warned) == 1
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("run", ["eigsh", "hutchinson"])
+def test_a_folder_that_vanishes_costs_no_result(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.Checkpoint, "due", lambda self: True)
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    watched = Watched(A)
+
+    def product(V: torch.Tensor) -> torch.Tensor:
+        if watched.passes == 3:
+            shutil.rmtree(folder)
+        return watched.operator @ V
+
+    vanishing = FromFunction(product, A.shape, symmetric=True)
+    with pytest.warns(RuntimeWarning, match="cannot be written") as warned:
+        found = RUNS[run](vanishing, checkpoint=folder / "state.pt")
+    assert len(warned) == 1
+    for mine, theirs in zip(bits(found), bits(RUNS[run](A)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_two_threads_may_write_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.Checkpoint, "due", lambda self: True)
+    path = tmp_path / "state.pt"
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(lambda _: eigsh(A, 4, checkpoint=path).status, range(4)))
+    assert ends == ["converged"] * 4
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+    assert eigsh(A, 4, checkpoint=path).status == "converged"
+
+
+def test_a_checkpoint_is_private_and_a_link_stays_one(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.pt", tmp_path / "link.pt"
+    link.symlink_to(target)
+    eigsh(A, 4, checkpoint=link)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    watched = Watched(A)
+    eigsh(watched.operator, 4, checkpoint=link)
+    assert watched.products == 1
+
+
+def test_nothing_is_written_through_a_link_at_a_name_that_was_guessed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "state.pt"
+    victim.write_text("precious")
+    for name in (f"state.pt.{os.getpid()}.tmp", "state.pt.tmp", ".hvpop-.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    eigsh(A, 4, checkpoint=path)
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink()
 
 
 def test_a_long_run_saves_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,81 @@
+"""What tells two operators apart though their matrices are close: how they are made, and of which parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import Damped, LinearOperator
+from ..operators.crossing import working_dtype
+from . import probes
+from .measured import Measured
+
+
+def structure(A: LinearOperator) -> list[Any]:
+    """How ``A`` is put together: nested lists of names, sizes and numbers; a part of a kind of its own counts
+    by its size alone, because the same matrix may be held in several ways."""
+    children = A._children()
+    if not children:
+        return list(A.shape)
+    numbers = [
+        f"{name}={value!r}"
+        for name, value in sorted(vars(A).items())
+        if not name.startswith("_") and isinstance(value, int | float) and name != "symmetric"
+    ]
+    return [type(A).__name__, *numbers, *(structure(part) for part in children)]
+
+
+def products(A: LinearOperator) -> list[Tensor]:
+    """Those of each part and each damping with a fixed vector of signs, ``(m,)`` on the host.
+
+    Taken apart, a small term is seen beside a large one. No part is multiplied twice.
+    """
+    found: dict[int, list[Tensor]] = {}
+
+    def visit(part: LinearOperator) -> None:
+        if id(part) in found:
+            return
+        children = part._children()
+        found[id(part)] = []
+        if not children:
+            found[id(part)] = [(part @ _probe(part))[:, 0].cpu()]
+        elif isinstance(part, Measured):
+            part @ _probe(part)  # its unit is that of its first product: the same in every run
+        elif isinstance(part, Damped):
+            found[id(part)] = [part.damping(_probe(part)).expand(part.shape[0], 1)[:, 0].cpu()]
+        for child in children:
+            visit(child)
+
+    visit(A)
+    return [product.clone() for kept in found.values() for product in kept]
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """How far two products with the probe are apart, relative to them; 0 if by rounding alone.
+
+    Rounding differs between machines and thread counts, but not along the probe: a shift of the diagonal
+    is seen there long before it is seen in the norm.
+    """
+    a, b = one.double(), other.double()
+    if a.shape != b.shape:
+        return torch.inf
+    size = max(float(a.abs().max()), float(b.abs().max())) or 1.0  # keeps squares within range
+    a, b = a / size, b / size
+    eps, n = torch.finfo(one.dtype).eps, a.shape[0]
+    norm = float(torch.maximum(a.norm(), b.norm()))
+    apart = float((a - b).norm())
+    z = _signs(n, torch.float64, torch.device("cpu"))[:, 0]
+    along, form = abs(float(z @ (a - b))), abs(float(z @ b))
+    rounding = 1e3 * eps * norm, eps * (300 * norm + 30 * form)
+    same = apart <= rounding[0] and along <= rounding[1]
+    return 0.0 if same else apart / norm
+
+
+def _probe(A: LinearOperator) -> Tensor:
+    return _signs(A.shape[1], working_dtype(A.torch_dtype), A.device)
+
+
+def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return probes.signs(n, 1, dtype, device, "checkpoint")
