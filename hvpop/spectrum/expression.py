@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..operators import Damped, LinearOperator
 from ..operators.crossing import working_dtype
+from ..operators.measured import Measured
 from . import probes
-from .measured import Measured
 
 
 def structure(A: LinearOperator) -> list[Any]:
-    """How ``A`` is put together: nested lists of names, sizes and numbers; a part of a kind of its own counts
-    by its size alone, because the same matrix may be held in several ways."""
+    """How ``A`` is put together: nested lists of names, sizes and numbers.
+
+    A part of a kind of its own counts by its size alone: the same matrix may be held in several ways.
+    """
     children = A._children()
     if not children:
         return list(A.shape)

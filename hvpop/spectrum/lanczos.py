@@ -13,10 +13,10 @@ from torch import Tensor
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
+from ..operators.measured import Measured
 from . import probes
 from .checkpoint import digest
 from .loop import Task
-from .measured import Measured
 from .results import Eigenpairs, Status
 
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
@@ -189,7 +189,8 @@ class Lanczos(Task[Krylov]):
         R = self._searchable(self._residuals(state, count))
         V, s, _ = torch.linalg.svd(R, full_matrices=False)
         many = int((s > 0.1 * self.rtol * state.norm).sum())
-        return V[:, : max(1, many)]
+        kept: Tensor = V[:, : max(1, many)]
+        return kept
 
     def _search(self, state: Krylov) -> Krylov:
         """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvpop import Damped, Dense, Diagonal, Identity, LinearOperator
+from hvpop import Damped, Dense, Diagonal, Identity
 from hvpop.spectrum import diagonal, frobenius_norm, logdet, spectral_density, spectral_norm, trace
 
 from .spectra import F64, Watched, generator, matrix
