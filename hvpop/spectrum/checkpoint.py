@@ -167,7 +167,7 @@ def _checksum(content: Any) -> str:
         if isinstance(part, Tensor):
             hashed.update(repr((part.dtype, tuple(part.shape))).encode())
             bits = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            hashed.update(memoryview(bits.numpy()))
+            hashed.update(bits.numpy().data)
         elif isinstance(part, Mapping):
             for key in sorted(part, key=repr):
                 hashed.update(repr(key).encode())

@@ -14,8 +14,10 @@ from .measured import Measured
 
 
 def structure(A: LinearOperator) -> list[Any]:
-    """How ``A`` is put together: nested lists of names, sizes and numbers; a part of a kind of its own counts
-    by its size alone, because the same matrix may be held in several ways."""
+    """How ``A`` is put together: nested lists of names, sizes and numbers.
+
+    A part that is made of no others counts by its size alone: the same matrix may be held in several ways.
+    """
     children = A._children()
     if not children:
         return list(A.shape)
@@ -42,7 +44,7 @@ def products(A: LinearOperator) -> list[Tensor]:
         if not children:
             found[id(part)] = [(part @ _probe(part))[:, 0].cpu()]
         elif isinstance(part, Measured):
-            part @ _probe(part)  # its unit is that of its first product: the same in every run
+            _ = part @ _probe(part)  # its unit is that of its first product: the same in every run
         elif isinstance(part, Damped):
             found[id(part)] = [part.damping(_probe(part)).expand(part.shape[0], 1)[:, 0].cpu()]
         for child in children:

@@ -149,7 +149,7 @@ def test_another_operator_is_refused(
 ) -> None:
     path = tmp_path / "state.pt"
     run_with(one, path)
-    with pytest.raises(ValueError, match="belongs to another (operator|computation)"):
+    with pytest.raises(ValueError, match=r"belongs to another (operator|computation)"):
         run_with(other, path)
     run_with(one, path)  # is still there
 
