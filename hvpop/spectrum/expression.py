@@ -16,7 +16,7 @@ from . import probes
 def structure(A: LinearOperator) -> list[Any]:
     """How ``A`` is put together: nested lists of names, sizes and numbers.
 
-    A part of a kind of its own counts by its size alone: the same matrix may be held in several ways.
+    A part that is made of no others counts by its size alone: the same matrix may be held in several ways.
     """
     children = A._children()
     if not children:
@@ -44,7 +44,7 @@ def products(A: LinearOperator) -> list[Tensor]:
         if not children:
             found[id(part)] = [(part @ _probe(part))[:, 0].cpu()]
         elif isinstance(part, Measured):
-            part @ _probe(part)  # its unit is that of its first product: the same in every run
+            _ = part @ _probe(part)  # its unit is that of its first product: the same in every run
         elif isinstance(part, Damped):
             found[id(part)] = [part.damping(_probe(part)).expand(part.shape[0], 1)[:, 0].cpu()]
         for child in children:

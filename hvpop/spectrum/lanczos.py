@@ -56,6 +56,7 @@ class Krylov:
     residuals: Tensor  # (k,), measured; empty while the estimates are too large
     norm: float  # the largest |theta| seen
     search: Search | None  # for copies, once all pairs are found
+    pure: bool  # whether the basis is of one Krylov space, from the start
     done: bool  # whether that search is over ...
     rtol: float  # ... and to what tolerance
     renewed: float  # the largest residual where the next vectors were last taken from the residuals
@@ -110,8 +111,8 @@ class Lanczos(Task[Krylov]):
         none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         Q, W = self._buffer(), self._buffer()
         return Krylov(
-            Q, W, 0, X, square, none, square, none, none, 0.0, None, False, 0.0, torch.inf, 0, ()
-        )
+            Q, W, 0, X, square, none, square, none, none, 0.0, None, True, False, 0.0, torch.inf, 0, ()
+        )  # fmt: skip
 
     def price(self, state: Krylov) -> int:
         return max(1, state.X.shape[1])
@@ -137,13 +138,12 @@ class Lanczos(Task[Krylov]):
         grown = replace(state, size=size, X=X, T=T, norm=norm, products=products)
         if state.search is not None:
             search = self._followed(state.search, coupling, C)
-            return self._searched(replace(grown, search=search), theta, S)
+            return self._searched(replace(grown, search=search))
         return self._ranked(grown, coupling, theta, S)
 
     def _ranked(self, state: Krylov, coupling: Tensor, theta: Tensor, S: Tensor) -> Krylov:
         """The Ritz pairs; measured, once their estimated residuals are small enough."""
-        order = _order(theta, self.which)
-        theta, S = theta[order], S[:, order]
+        theta, S = _sorted(theta, S, self.which)
         estimates = (coupling @ S[-coupling.shape[1] :]).norm(dim=0)
         worst = estimates[: self.k].max().item() if state.size >= self.k else torch.inf
         history = (*state.history, (state.products, worst))
@@ -180,21 +180,24 @@ class Lanczos(Task[Krylov]):
         state = self._restarted(state, keep, X)
         return replace(
             state, X=self._orthonormal(X, state.Q[:keep].T, 1)[:, : self.room - keep],
-            residuals=torch.empty(0), search=None, done=False, renewed=renewed,
+            residuals=torch.empty(0), search=None, pure=False, done=False, renewed=renewed,
             estimates=torch.full((keep,), torch.inf, dtype=torch.float64),
         )  # fmt: skip
 
     def _directions(self, state: Krylov, count: int) -> Tensor:
         """Of the first ``count`` residuals, as far as they are larger than they may be."""
         R = self._searchable(self._residuals(state, count))
-        V, s, _ = torch.linalg.svd(R, full_matrices=False)
-        many = int((s > 0.1 * self.rtol * state.norm).sum())
-        kept: Tensor = V[:, : max(1, many)]
-        return kept
+        V, sizes, _ = torch.linalg.svd(R, full_matrices=False)
+        large = int((sizes > 0.1 * self.rtol * state.norm).sum())
+        directions: Tensor = V[:, : max(1, large)]
+        return directions
 
     def _search(self, state: Krylov) -> Krylov:
         """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""
-        keep = min(max(self.keep, self.basis - 3 * self.block), state.size)
+        # What the first Krylov space has missed is orthogonal to all of it. A later one may have met it
+        # without having found it yet, and only those found are surely orthogonal to it.
+        most = max(self.keep, self.basis - 3 * self.block) if state.pure else self.k
+        keep = min(most, state.size)
         known = state.Q[: state.size].T @ state.S[:, :keep].to(state.Q)
         fresh = self._random(min(self.block, self.room - keep), "search", state.products)
         state = self._restarted(state, keep, self._orthonormal(fresh, known))
@@ -215,7 +218,9 @@ class Lanczos(Task[Krylov]):
             return found
         beyond = 1.5 * self.rtol * state.norm
         places = torch.cat([found, found + beyond, found - beyond])
-        return torch.cat([places, -places]) if self.which in ("LM", "SM") else places
+        if self.which in ("LM", "SM"):
+            return torch.cat([places, -places])
+        return places
 
     def _followed(self, search: Search, coupling: Tensor, C: Tensor) -> Search:
         """One step on: ``F'u = x X'u - C'Q'u`` for the part ``F`` of ``A X`` outside of ``Q``."""
@@ -232,40 +237,35 @@ class Lanczos(Task[Krylov]):
             ahead=ahead[possible],
         )  # fmt: skip
 
-    def _searched(self, state: Krylov, theta: Tensor, S: Tensor) -> Krylov:
+    def _searched(self, state: Krylov) -> Krylov:
         """After one step of the search: over, or back to finding what was missing."""
         assert state.search is not None
-        mu = torch.linalg.eigvalsh(state.T[self.k :, self.k :])
-        if any(self._enters(state, value) for value in mu.tolist()):
-            return self._resumed(state, theta, S)
+        values, vectors = torch.linalg.eigh(state.T[self.k :, self.k :])
+        mu, Y = _sorted(values, vectors, self.which)
+        missing = [i for i, value in enumerate(mu.tolist()) if self._enters(state, value)]
+        if missing:
+            return self._resumed(state, Y[:, missing[: self.block]])
         spent = state.products - state.search.begun
         enough = spent >= max(2, state.search.begun // 15)
         over = (enough and state.search.suspects.shape[0] == 0) or state.X.shape[1] == 0
         return replace(state, done=over)
 
-    def _resumed(self, state: Krylov, theta: Tensor, S: Tensor) -> Krylov:
-        """Back from a search to finding pairs, with all that the basis knows by now."""
-        X, size = state.X, state.size
-        if X.shape[1] == 0:
-            fresh = self._random(min(self.block, self.room - size), "resumed", state.products)
-            X = self._orthonormal(fresh, state.Q[:size].T)
-        state = replace(state, X=X, search=None, residuals=torch.empty(0), renewed=torch.inf)
-        if X.shape[1] == 0:  # nothing is left to search
-            return self._ranked(state, theta.new_zeros(1, 1), theta, S)
-        order = _order(theta, self.which)
-        estimates = torch.full_like(theta, torch.inf)
-        return replace(state, theta=theta[order], S=S[:, order], estimates=estimates)
+    def _resumed(self, state: Krylov, Y: Tensor) -> Krylov:
+        """Back from a search: a Krylov space of what it has found, outside of the pairs known."""
+        V = state.Q[self.k : state.size].T @ Y.to(state.Q)
+        state = self._restarted(state, self.k, self._orthonormal(V, state.Q[: self.k].T))
+        return replace(state, search=None, pure=False, residuals=torch.empty(0), renewed=torch.inf)
 
     def _condensed(self, state: Krylov) -> Krylov:
         """In a search, the pairs found as they are, and the best of the rest, ready for a restart."""
         if state.search is None:
             return state
         k, size = self.k, state.size
-        mu, Y = torch.linalg.eigh(state.T[k:, k:])
-        order = _order(mu, self.which)
+        values, vectors = torch.linalg.eigh(state.T[k:, k:])
+        mu, Y = _sorted(values, vectors, self.which)
         S = torch.eye(size, dtype=torch.float64)
-        S[k:, k:] = Y[:, order]
-        theta = torch.cat([state.theta[:k], mu[order]])
+        S[k:, k:] = Y
+        theta = torch.cat([state.theta[:k], mu])
         amplitudes = S[:, : self.keep].T @ state.search.amplitudes
         search = replace(state.search, amplitudes=amplitudes)
         return replace(state, theta=theta, S=S, search=search)
@@ -467,6 +467,12 @@ class Lanczos(Task[Krylov]):
 
 _MISSED = 5e-3  # the probability that a search overlooks what is missing
 _RANDOM_PART = 1e-2  # of a warm start
+
+
+def _sorted(theta: Tensor, S: Tensor, which: Which) -> tuple[Tensor, Tensor]:
+    """Ascending values with their columns, the most wanted first."""
+    order = _order(theta, which)
+    return theta[order], S[:, order]
 
 
 def _order(theta: Tensor, which: Which) -> Tensor:

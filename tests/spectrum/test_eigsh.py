@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
@@ -76,6 +78,131 @@ def test_one_vector_finds_all_copies_of_multiple_eigenvalues(seed: int) -> None:
     )
 
 
+BULK = torch.linspace(-0.5, 0.5, 200, dtype=F64)
+GEOMETRIC = 0.9 ** torch.arange(200, dtype=F64)
+
+
+def with_bulk(*values: float, bulk: torch.Tensor = BULK) -> torch.Tensor:
+    return torch.cat([torch.tensor(values, dtype=F64), bulk])
+
+
+COPIES: dict[str, tuple[torch.Tensor, int, str]] = {
+    "twice at the top": (with_bulk(1, 1, 0.8, 0.7), 2, "LA"),
+    "twice at the bottom": (with_bulk(-1, -1, -0.8), 3, "SA"),
+    "twice at both ends": (with_bulk(1, 1, -1, -1, 0.9, -0.9), 4, "LM"),
+    "twice at either end": (with_bulk(1, 1, -1, -1, 0.9, -0.9), 4, "BE"),
+    "twice inside": (with_bulk(1, 0.8, 0.8, 0.7, 0.6), 5, "LA"),
+    "three times beside the bulk": (with_bulk(0.52, 0.52, 0.52), 3, "LA"),
+    "six times beside four": (with_bulk(*[10.0] * 6, *[9.999] * 4), 8, "LA"),
+    "nearly the same": (with_bulk(1, 1 - 1e-12, 0.8), 2, "LA"),
+    "twice, then three times": (torch.cat([with_bulk(5, 5, 3, 3, 3, bulk=GEOMETRIC)]), 5, "LM"),
+    "low rank and noise": (with_bulk(1, 1, 1, bulk=1e-3 * BULK), 3, "LA"),
+    "null modes": (with_bulk(0, 0, 0, 0.1, bulk=1 + BULK), 4, "SA"),
+    "null modes of a rank": (with_bulk(*[1.0] * 6, 0.5, bulk=torch.zeros(90, dtype=F64)), 7, "LA"),
+    "cut by k": (with_bulk(2, 1, 1, 1), 2, "LA"),
+    "nothing but copies": (torch.ones(50, dtype=F64).repeat_interleave(2), 5, "LM"),
+}
+
+
+def chosen(d: torch.Tensor, k: int, which: str) -> torch.Tensor:
+    ascending = d.sort().values
+    if which == "BE":
+        return torch.cat([ascending[: k // 2], ascending[d.shape[0] - (k - k // 2) :]])
+    if which == "LM":
+        return d[d.abs().argsort(descending=True, stable=True)[:k]].sort().values
+    return ascending[-k:] if which == "LA" else ascending[:k]
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("name", COPIES)
+def test_no_copy_is_missing_from_what_has_converged(name: str, block: int) -> None:
+    d, k, which = COPIES[name]
+    for seed in range(3):
+        found = eigsh(Diagonal(d), k, which, block=block, seed=seed, max_products=5000)  # type: ignore[arg-type]
+        assert found.status == "converged"
+        # one missing would be off by 2e-2 of the norm, or 1e-4 where they are that close
+        error = (found.eigenvalues - chosen(d, k, which)).abs().max()
+        assert error <= 2 * EPS**0.5 * d.abs().max()
+
+
+def test_copies_are_found_in_single_precision() -> None:
+    for seed in range(3):
+        d, k, _ = COPIES["six times beside four"]
+        found = eigsh(Diagonal(d.float()), k, seed=seed)
+        assert found.status == "converged"
+        assert (found.eigenvalues > 9.99).all()
+
+
+def test_a_budget_that_ends_before_copies_are_ruled_out_says_so() -> None:
+    A = Diagonal(torch.linspace(0, 1, 500, dtype=F64) ** 3)
+    whole = eigsh(A, 3)
+    cut = eigsh(A, 3, max_products=whole.products - 3)
+    assert (whole.status, cut.status) == ("converged", "unresolved copies")
+    torch.testing.assert_close(cut.eigenvalues, whole.eigenvalues)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_no_start_hides_what_is_wanted(k: int) -> None:
+    d = torch.cat([BULK, torch.tensor([0.9, 0.9, 1.0], dtype=F64)])
+    eye = torch.eye(203, dtype=F64)
+    starts = {
+        "an eigenvector": eye[:, 200],
+        "several": eye[:, 197:201],
+        "orthogonal to one": torch.cat([torch.ones(202), torch.zeros(1)]).to(F64),
+    }
+    for v0 in starts.values():
+        for seed in range(3):
+            for rtol in (1e-2, None):
+                found = eigsh(Diagonal(d), k, v0=v0, rtol=rtol, seed=seed)
+                assert found.status == "converged"
+                assert (found.eigenvalues - chosen(d, k, "LA")).abs().max() <= (rtol or 1e-7)
+
+
+def test_copies_outside_of_what_is_deflated_are_found() -> None:
+    d, eye = with_bulk(1, 1, 1, 0.8), torch.eye(204, dtype=F64)
+    for seed in range(3):
+        found = eigsh(Diagonal(d), 2, deflate=eye[:, :1], seed=seed)
+        assert found.status == "converged"
+        assert (found.eigenvalues > 1 - 1e-7).all()
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_a_small_matrix_of_copies_is_known_whole(n: int) -> None:
+    d = torch.ones(n, dtype=F64)
+    d[-1] = 2.0
+    for k in range(1, n + 1):
+        found = eigsh(Diagonal(d), k)
+        assert found.status == "converged"
+        assert found.products <= 2 * n
+        torch.testing.assert_close(found.eigenvalues, d[-k:])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_a_multiple_of_the_operator_has_that_multiple_of_the_eigenpairs(scale: float) -> None:
+    d = torch.tensor([*[0.1 * i for i in range(20)], 3.0, 3.0, 4.0])
+    s = 2.0 ** math.frexp(scale)[1]  # multiplied without rounding
+    one, other = (eigsh(Diagonal(c * d), 3) for c in (1.0, s))
+    assert (one.status, one.products) == (other.status, other.products)
+    assert torch.equal(s * one.eigenvalues, other.eigenvalues)
+    assert torch.equal(s * one.residuals, other.residuals)
+    assert torch.equal(one.eigenvectors, other.eigenvectors)
+    assert eigsh(Diagonal(scale * d), 3).status == "converged"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_operator_that_is_not_finite_is_told(bad: float) -> None:
+    with pytest.raises(FloatingPointError, match=r"eigsh.*not finite"):
+        eigsh(Diagonal(torch.tensor([1.0, bad, 2.0])), 1)
+
+
+def test_generators_of_equal_seeds_give_equal_results() -> None:
+    A = dense(SPECTRA["spread"])
+    first, again = (eigsh(A, 2, seed=generator(3)) for _ in range(2))
+    assert torch.equal(first.eigenvectors, again.eigenvectors)
+    with pytest.raises(TypeError, match=r"eigsh expects seed as an integer or a torch.Generator"):
+        eigsh(A, 2, seed=0.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("block", [1, 2])
 def test_the_smallest_magnitudes_inside_an_indefinite_spectrum(block: int) -> None:
     inner = torch.tensor([-0.02, 0.05], dtype=F64)
@@ -130,7 +257,7 @@ def hessians() -> list[LinearOperator]:
 
 
 @pytest.mark.parametrize("tol", [0.0, 1e-8])
-def test_the_digits_hessian_needs_at_most_scipys_products_and_a_tenth(
+def test_the_digits_hessian_needs_at_most_scipys_products_and_a_seventh(
     hessians: list[LinearOperator], tol: float
 ) -> None:
     H = hessians[0]
@@ -150,7 +277,7 @@ def test_the_digits_hessian_needs_at_most_scipys_products_and_a_tenth(
         np.testing.assert_allclose(found.eigenvalues.numpy(), np.sort(values), rtol=1e-10)
         ours += found.products
     print(f"\nk = 10, tol = {tol}: {ours} products, SciPy {theirs}, ratio {ours / theirs:.2f}")
-    assert ours <= 1.1 * theirs
+    assert ours <= (1 + 1 / 7) * theirs  # SciPy does not look for missing copies
 
 
 @pytest.mark.parametrize(("k", "rtol"), [(1, 1e-3), (10, 1e-3), (10, 1e-8)])
