@@ -191,7 +191,10 @@ class EmpiricalRisk:
 
     def _place(self) -> Place:
         seed = seed_tensor(self.seed)
-        return Place(self.loss, self._chosen, self.state(), seed, self._inventory.modules)
+        live = self.loss
+        if not self._live:
+            live = LossFunction(self._roots, self.batch_loss, self._weigher)
+        return Place(self.loss, live, self._chosen, self.state(), seed, self._inventory.modules)
 
     def refuse(self) -> None:
         """Raise if evaluations so far have shown that the average is not what it should be."""

@@ -36,7 +36,7 @@ class Pair:
                 return "nothing"
             return "mean" if abs(self.first - self.second) > APART * self.slack else "perhaps"
         if total:
-            sure = min(abs(self.first), abs(self.second)) > APART * self.slack
+            sure = min(abs(self.first), abs(self.second)) > 4 * self.slack
             return "sum" if sure else "nothing"
         return "neither"
 
@@ -48,7 +48,8 @@ class Pair:
     @property
     def doubt(self) -> float:
         """What the share may be off by."""
-        return self.slack / max(abs(self.first - self.second), 1e-300)
+        apart = abs(self.first - self.second)
+        return self.slack / apart if apart > 0 else math.inf
 
 
 def divisor(first: Pair, second: Pair, across: Pair) -> Literal["sum", "divisor", "neither"] | None:

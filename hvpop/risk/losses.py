@@ -234,7 +234,7 @@ def _advice(error: Exception, targets: Any) -> str | None:
             "a loss is called as loss(outputs, targets); "
             f"for one that takes (model, batch) use {_FROM_BATCH_LOSS}"
         )
-    if type(error) in (TypeError, ValueError, RuntimeError, IndexError) and not getattr(
+    if type(error) in _OF_TORCH and not getattr(
         targets, "shape", isinstance(targets, list | tuple | Mapping | str)
     ):
         return (
@@ -243,6 +243,8 @@ def _advice(error: Exception, targets: Any) -> str | None:
         )
     return None
 
+
+_OF_TORCH = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 
 _FROM_BATCH_LOSS = "EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
 

@@ -35,9 +35,13 @@ SMALL = 4096
 
 @dataclass(frozen=True)
 class Place:
-    """Where losses are compared: ``function(point, state, batch, seed)``, and the modules in it."""
+    """Where losses are compared: ``function(point, state, batch, seed)``, and the modules in it.
+
+    ``live`` is the same function with the modes that modules are in when it is called.
+    """
 
     function: Callable[..., Tensor]
+    live: Callable[..., Tensor]
     point: dict[str, Tensor]
     state: dict[str, Tensor]
     seed: Tensor
@@ -125,16 +129,20 @@ class Weigher:
         return self._proof
 
     def _prove(self, proof: _Proof, first: Any, second: Any, place: Place) -> None:
+        self._proof = None  # one that fails, or is broken off, begins anew
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the loss says them again in the product
             outcome = proof.examine(first, second, place)
         if outcome == "sum":
             raise ValueError(_ADDS_UP)
+        self._proof = None if outcome == "divisor" else proof
         if outcome == "mean" and self._watch.found is not None:
             self._watch.found, self._watch.trusted = None, True  # and yet it is a mean over samples
         self.refuse()
         if outcome == "divisor":
-            raise ValueError(_DIVIDES.format("something else than its number of samples"))
+            raise ValueError(
+                _DIVIDES.format(self._watch.found or "something else than its number of samples")
+            )
         if outcome in _DOUBTS and not self._warned:
             self._warned = True
             warnings.warn(_ASSUMED.format(_DOUBTS[outcome]), stacklevel=3)
@@ -301,6 +309,7 @@ class Losses:
 
     def __init__(self, place: Place, *, evaluating: bool = False, near: bool = False) -> None:
         self._place, self._near = place, near
+        self._function = place.live if evaluating else place.function
         self._modes = [(m, False) for m in place.modules] if evaluating else []
         self._eps = max(torch.finfo(p.dtype).eps for p in place.point.values())
         self._known: dict[int, tuple[Any, float]] = {}
@@ -337,7 +346,7 @@ class Losses:
 
     def _value(self, point: dict[str, Tensor], batch: Any) -> float:
         place = self._place
-        return float(place.function(point, place.state, batch, place.seed).detach())
+        return float(self._function(point, place.state, batch, place.seed).detach())
 
     def _point(self) -> dict[str, Tensor]:
         point = self._place.point
