@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -95,24 +95,17 @@ def _leave(context: AbstractContextManager[Any]) -> None:
         context.__exit__(None, None, None)
 
 
-class _Mark(NamedTuple):
-    """How deep torch's own stacks were."""
+_Mark = tuple[int, int, int, bool]
 
-    open: int
-    functions: int
-    dispatch: int
-    level: int
-    grad: bool
 
-    @classmethod
-    def now(cls) -> _Mark:
-        return cls(
-            len(_LEDGER.open),
-            torch._C._len_torch_function_stack(),
-            torch._C._len_torch_dispatch_stack(),
-            forward_ad._current_level,
-            torch.is_grad_enabled(),
-        )
+def _mark() -> _Mark:
+    """How deep the stacks are, ours and torch's own."""
+    return (
+        len(_LEDGER.open),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.is_grad_enabled(),
+    )
 
 
 def guarded(work: Callable[[], T]) -> T:
@@ -126,7 +119,7 @@ def guarded(work: Callable[[], T]) -> T:
             return work()
         mark = None
         try:
-            mark = _Mark.now()
+            mark = _mark()
             _LEDGER.guarded = True
             return work()
         except Exception:
@@ -155,13 +148,14 @@ def _finish_generators(interrupt: BaseException) -> None:
 
 
 def _sweep(mark: _Mark | None) -> None:
-    if mark is not None and _Mark.now() != mark:
-        while torch._C._len_torch_function_stack() > mark.functions:
+    if mark is not None and _mark() != mark:
+        count, functions, dispatch, grad = mark
+        while torch._C._len_torch_function_stack() > functions:
             torch._C._pop_torch_function_stack()
-        while torch._C._len_torch_dispatch_stack() > mark.dispatch:
+        while torch._C._len_torch_dispatch_stack() > dispatch:
             torch._C._pop_torch_dispatch_stack(None)
-        _put_back(mark.open)
-        torch.set_grad_enabled(mark.grad)
+        _put_back(count)
+        torch.set_grad_enabled(grad)
     _LEDGER.guarded = False
 
 

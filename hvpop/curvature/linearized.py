@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -164,12 +164,19 @@ class LinearizedHessian(LinearOperator):
 
     def _multiplied(self, V: Tensor) -> Tensor:
         columns = to_point(V, self.layout, self._point)
-        with grad_enabled(), self.risk.at(self._point, self._state):
+        with grad_enabled(), self._around():
             Y = from_point(settled(self.strategy, lambda: self._attempt(columns)), V)
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
             raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
         return Y
+
+    def _around(self) -> AbstractContextManager[None]:
+        """The model at the point, if a product may look at it."""
+        prepared = self._preparation
+        if prepared is not None and prepared.is_self_contained():
+            return nullcontext()
+        return self.risk.at(self._point, self._state)
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
         start = time.perf_counter()

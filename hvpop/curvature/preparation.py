@@ -103,6 +103,11 @@ class Preparation:
                     yield term
             self.batches = count
 
+    def is_self_contained(self) -> bool:
+        """Whether products are made of what is kept, and look at nothing else."""
+        maps = (part.map for part in self.parts)
+        return self.complete and all(linear is not None and not linear.looks for linear in maps)
+
     def release(self) -> bool:
         """Give up the last map that is kept, to make room; False if none is."""
         self._keeping = False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._functorch import utils as functorch_utils
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
 from ..exchange import Exchange
@@ -99,9 +100,11 @@ class FunctionsWatched(_Patches):
             if _UNWRAP is not None:
                 self._patch(functorch_utils, "unwrap_dead_wrappers", _unwrapped)
             self._patch(BackwardCFunction, "apply", _backward)
+            self._patch(saved_tensors_hooks, "__enter__", _saving)
 
 
 _APPLY: Any = vars(torch.autograd.Function)["apply"].__func__
+_ENTER: Any = vars(saved_tensors_hooks)["__enter__"]
 _BACKWARD: Any = vars(BackwardCFunction)["apply"]
 _UNWRAP: Any = getattr(functorch_utils, "unwrap_dead_wrappers", None)
 
@@ -122,7 +125,13 @@ def _backward(ctx: Any, *args: Any) -> Any:
 
 
 hooks: set[Any] = set()
-"""What an evaluation has put on tensors."""
+"""What an evaluation has put on tensors, or on what autograd saves of them."""
+
+
+def _saving(self: Any) -> Any:
+    """What is saved by hooks may be evaluated again when it is asked for, as in checkpoints."""
+    hooks.add(type(self))
+    return _ENTER(self)
 
 
 def _hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:

@@ -24,6 +24,9 @@ class LinearMap(ABC):
     A map holds whatever does not depend on ``v``, for as long as it lives.
     """
 
+    looks: bool = True
+    """Whether a product may look at more than the map itself: at a model, say, in a hook."""
+
     @abstractmethod
     def __call__(self, v: Params) -> Params:
         """``H v``: tensors shaped like the parameters, in and out."""

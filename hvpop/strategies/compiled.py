@@ -197,6 +197,8 @@ class Compiled(HVPStrategy):
 class _Map(LinearMap):
     """The residuals of one point and batch, with the program that makes products of them."""
 
+    looks = False  # what it falls back on enters what it needs
+
     def __init__(
         self,
         compiled: Compiled,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ class ReverseOverReverse(HVPStrategy):
                     )
                 refuse_hidden(self, fn, point, loss)
         linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
-        self._examine(fn, params, args, linear, [loss, *(g for g in gradient if g is not None)])
+        linear.looks = bool(
+            self._examine(fn, params, args, linear, [loss, *(g for g in gradient if g is not None)])
+        )
         return linear
 
     def _examine(
@@ -83,24 +86,26 @@ class ReverseOverReverse(HVPStrategy):
         args: tuple[object, ...],
         linear: LinearMap,
         tensors: list[Tensor],
-    ) -> None:
-        """Look at a graph for what would make its derivative wrong, where that is new."""
+    ) -> frozenset[object]:
+        """What others wrote of a graph, refused where its derivative would be wrong."""
         if self._known != fn:
             self._known, self._proven, self.batches_columns = fn, NOTHING, None
         elif not hasattr(fn, "at"):
-            return  # it cannot be told from what it was: once is enough
-        new = authored(fn, tensors[0]) - self._proven
+            return NOTHING  # it cannot be told from what it was: once is enough
+        found = authored(fn, tensors[0])
+        new = found - self._proven
         if new:
             check_graph(self, tensors)
             hold_against_differences(self, fn, params, args, linear)
             self._proven |= new
+        return found
 
 
 class Untested(ReverseOverReverse):
     """For tracing: there are no numbers to hold against differences."""
 
-    def _examine(self, *args: Any) -> None:
-        return None
+    def _examine(self, *args: Any) -> frozenset[object]:
+        return NOTHING
 
 
 class _DoubleBackward(LinearMap):
@@ -181,7 +186,8 @@ class _DoubleBackward(LinearMap):
         if not self._gradient:
             return filled(self._point, (None,) * len(self._point), k)
         fn, point, args = self._fn, self._point, self._args
-        with grad_enabled(), explained(self._strategy), at(fn, point, *args):
+        around = at(fn, point, *args) if self.looks else nullcontext()
+        with grad_enabled(), explained(self._strategy), around:
             try:
                 products = self._vjp(cotangents, k)
             except RuntimeError as error:
