@@ -94,7 +94,7 @@ def eigsh(
     all of an eigenvalue's share that the Christoffel function of its Ritz values does not allow (Golub
     and Meurant, 2010), which a priori takes the steps of Kuczynski and Wozniakowski (1992). That is
     about a tenth of the products. Where `v0` is given, not only copies but eigenvalues of any place are
-    ruled out in this way, because the start has not been a random one; from ``rtol=1e-3`` on it is trusted.
+    ruled out in this way, because the start has not been a random one.
 
     Cost: the products, and ``10 n basis`` flops for each.
 

@@ -210,11 +210,10 @@ class Lanczos(Task[Krylov]):
     def _places(self, state: Krylov) -> Tensor:
         """Where a missing eigenvalue is to be ruled out: at those found, for copies.
 
-        What is beyond them a random start has itself seen; one that was given has not. Where it is followed
-        to a coarse tolerance, it is trusted: the few products are what it was given for.
+        What is beyond them a random start has itself seen; one that was given has not.
         """
         found = state.theta[: self.k]
-        if self.v0.shape[1] == 0 or self.rtol >= _COARSE:
+        if self.v0.shape[1] == 0:
             return found
         beyond = 1.5 * self.rtol * state.norm
         places = torch.cat([found, found + beyond, found - beyond])
@@ -464,7 +463,6 @@ class Lanczos(Task[Krylov]):
 
 
 _MISSED = 5e-3  # the probability that a search overlooks what is missing
-_COARSE = 1e-3  # rtol
 _RANDOM_PART = 1e-2  # of a warm start
 
 

@@ -152,7 +152,7 @@ def test_no_start_hides_what_is_wanted(k: int) -> None:
     }
     for v0 in starts.values():
         for seed in range(3):
-            for rtol in (1e-4, None):
+            for rtol in (1e-2, None):
                 found = eigsh(Diagonal(d), k, v0=v0, rtol=rtol, seed=seed)
                 assert found.status == "converged"
                 assert (found.eigenvalues - chosen(d, k, "LA")).abs().max() <= (rtol or 1e-7)
