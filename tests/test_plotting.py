@@ -111,7 +111,7 @@ def test_eigenpairs_without_a_residual_are_drawn_as_words(budget: int) -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_convergence_of_an_estimate_ends_at_its_value(sign: float) -> None:
-    found = trace(sign * A, rtol=None, max_products=60, block=4)
+    found = trace(sign * A, rtol=None, max_products=40, block=4)
     ax = plot_convergence(found)
     drawn(ax)
     assert ax.get_lines()[0].get_ydata()[-1] == pytest.approx(found.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from itertools import islice
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
-from ..risk.merging import concatenated
+from ..risk.merging import concatenated, fit_together
 from ..strategies import FiniteDifference, HVPStrategy, Params
-from ..strategies.rounding import agree, reordered, rounding
+from ..strategies.rounding import agree, nudged, reordered, rounding
 from .memory import graph_bytes
 from .space import WeightedSum, multiplier
 
@@ -21,6 +21,10 @@ LIVE_BYTES = 4 * 2**20
 """Batches of a live product are run as one until their graph is this large. Bookkeeping is most of
 the cost below it (8 batches of a 64-32-10 network as one: 0.4 of the time), and a live product
 promises the memory of one batch."""
+
+
+ATTEMPTS = 4
+"""Products at which a join that could not be proven is tried again: the point may have moved."""
 
 
 class LiveJoin:
@@ -32,6 +36,7 @@ class LiveJoin:
 
     def __init__(self, risk: EmpiricalRisk, strategy: HVPStrategy) -> None:
         self._seed, self._strategy = risk.seed, strategy
+        self._attempts = 0
         self._bytes_per_entry: float | None = None  # of data, in a batch's graph; None: not proven
         self._possible = (
             risk.mode == "batch"
@@ -50,12 +55,12 @@ class LiveJoin:
             first = list(islice(terms, 2))
             if len(first) == 2 and self._bytes_per_entry is None:
                 self._bytes_per_entry = self._proven(first, point, state)
-                self._possible = self._bytes_per_entry is not None
             group: list[Term] = []
             filled = 0.0
             while term := first.pop(0) if first else next(terms, None):
                 size = (self._bytes_per_entry or 0.0) * _entries(term)
-                if group and (not self._possible or filled + size > LIVE_BYTES):
+                apart = self._bytes_per_entry is None or filled + size > LIVE_BYTES
+                if group and (apart or not fit_together(group[0], term)):
                     yield _as_one(group)
                     group, filled = [], 0.0
                 group.append(term)
@@ -69,30 +74,36 @@ class LiveJoin:
             lambda: self._strategy.plain.linearize(pair[0].function, point, state, *pair[0].data),
             [],
         )
-        if 2 * size > LIVE_BYTES or not run_as_one(self._strategy, pair, point, state, self._seed):
-            return None
-        return size / max(_entries(pair[0]), 1)
+        seen = 2 * size <= LIVE_BYTES and run_as_one(self._strategy, pair, point, state, self._seed)
+        self._attempts += 1
+        self._possible = seen or (seen is None and self._attempts < ATTEMPTS)
+        return size / max(_entries(pair[0]), 1) if seen else None
 
 
 def run_as_one(
     strategy: HVPStrategy, pair: list[Term], point: Params, state: Params, seed: int
-) -> bool:
-    """Whether two batches, concatenated, have the product that they have one by one."""
+) -> bool | None:
+    """Whether two batches, concatenated, have the product that they have one by one.
+
+    None if that could not be seen: zero against zero proves nothing.
+    """
     joined = concatenated(pair)
     if joined is None:
         return False
     multiply = multiplier(random_direction(point, seed))
 
-    def product(terms: list[Term]) -> list[Tensor]:
+    def product(terms: list[Term], place: Params = point) -> list[Tensor]:
         total = WeightedSum(normalized=True)
         for term in terms:
-            linear = strategy.plain.linearize(term.function, point, state, *term.data)
+            linear = strategy.plain.linearize(term.function, place, state, *term.data)
             total.add(multiply(linear), term.weight)
         return total.result()
 
     truth = product(pair)
     try:
-        return same(product([joined]), truth, point)
+        if not same(product([joined]), truth, point, lambda: product(pair, nudged(point))):
+            return False
+        return True if all(bool(t.any()) for t in truth) else None
     except Exception:  # batches that do not fit together
         return False
 
@@ -110,10 +121,18 @@ COARSEST = 2e-2
 """What batches run as one may differ by at most, relative, however coarse the numbers are."""
 
 
-def same(products: list[Tensor], truth: list[Tensor], point: Params) -> bool:
-    """Equal up to rounding, which sums over samples and layers may amplify by some hundreds."""
+def same(
+    products: list[Tensor],
+    truth: list[Tensor],
+    point: Params,
+    again: Callable[[], list[Tensor]],
+) -> bool:
+    """Equal up to rounding, which sums over samples and layers may amplify by some hundreds.
+
+    ``again()`` is the truth at the next point.
+    """
     eps = rounding([*truth, *point.values()])
-    return agree(products, truth, min(1000 * eps, reordered(eps), COARSEST))
+    return agree(products, truth, min(1000 * eps, reordered(eps), COARSEST), again)
 
 
 def _as_one(group: list[Term]) -> Term:

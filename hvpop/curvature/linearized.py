@@ -27,7 +27,7 @@ from ..strategies import (
 )
 from ..strategies.base import grad_enabled, out_of_memory
 from ..strategies.fallback import settled
-from ..strategies.rounding import FLOAT32_TOLERANCE, agree, reordered
+from ..strategies.rounding import FLOAT32_TOLERANCE, agree, nudged, reordered
 from .diagnosis import culprit
 from .forms import batch_forms
 from .joining import random_direction, run_as_one, same
@@ -236,18 +236,22 @@ class LinearizedHessian(LinearOperator):
                 return prepared
         if joins:
             probe = random_direction(self._point, self.risk.seed)
-            truth = self._truth(prepared, probe)
+            truth = self._truth(prepared, probe, self._point)
             self.risk.refuse()
             if not truth or not all(bool(t.isfinite().all()) for t in truth):
                 joins = []  # nothing to compare with; the product will say why
+
+        def again() -> list[Tensor]:
+            return self._truth(prepared, probe, nudged(self._point))
+
         for join in joins:
             with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
                 prepared.build(join)
                 product = self._product(prepared, probe)
-                if same(product, truth, self._point):
+                if same(product, truth, self._point, again):
                     return prepared
                 # Concatenation may be wrong, where samples see each other; stacking may not.
-                if join is stacked and not agree(product, truth, self._rounding(prepared)):
+                if join is stacked and not agree(product, truth, self._rounding(prepared), again):
                     warnings.warn(_DISAGREES.format(self), stacklevel=2)
         prepared.build(None)
         return prepared
@@ -259,7 +263,7 @@ class LinearizedHessian(LinearOperator):
             eps = graph_rounding(lambda: prepared.linearized(prepared.terms[0]))
         return max(FLOAT32_TOLERANCE, reordered(eps))
 
-    def _truth(self, prepared: Preparation, probe: Params) -> list[Tensor]:
+    def _truth(self, prepared: Preparation, probe: Params, point: Params) -> list[Tensor]:
         """A product by the default strategy, batch by batch; empty if that cannot do it."""
         chosen = self.strategy if isinstance(self.strategy, FirstThatWorks) else None
         reference = chosen or ReverseOverReverse()
@@ -268,9 +272,7 @@ class LinearizedHessian(LinearOperator):
         try:
             for term in prepared.terms:
                 total.add(
-                    multiply(
-                        reference.linearize(term.function, self._point, self._state, *term.data)
-                    ),
+                    multiply(reference.linearize(term.function, point, self._state, *term.data)),
                     term.weight,
                 )
         except NoSecondDerivativeError:

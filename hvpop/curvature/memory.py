@@ -52,8 +52,17 @@ def free_memory(device: torch.device) -> int:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """The memory behind some tensors, shared storage counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return sum(_storages(tensors).values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Addresses and sizes, without those of tensors that have none: nested ones, forward mode's zeros."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        with suppress(RuntimeError):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
@@ -62,14 +71,12 @@ def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
 
     def look(tensor: Tensor) -> None:
         if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            with suppress(RuntimeError):  # forward mode's zeros have no memory
-                saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(_storages([tensor]))
 
     with SavedTensors(look):
         build()
-    for tensor in known:
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    for address in _storages(known):
+        saved.pop(address, None)
     return sum(saved.values())
 
 

@@ -193,6 +193,8 @@ class Preparation:
                 raise
             self.release()  # the estimate was wrong, or others took the memory
             return None
+        if not self._kept_bytes:  # the first: is a trace still of the function?
+            getattr(linear, "verify", lambda: None)()
         size = _bytes_held(linear, size)
         if self.bytes + size > self._budget:
             return None
@@ -224,4 +226,5 @@ def _bytes_held(linear: LinearMap, graph: int) -> int:
 
 
 def _shape(term: Term) -> tuple[object, ...]:
-    return tuple((tuple(t.shape), t.dtype) for t in tensors_in(term.data))
+    tensors = tensors_in(term.data)  # nested ones are each of a shape of its own
+    return tuple((id(t) if t.is_nested else tuple(t.shape), t.dtype) for t in tensors)

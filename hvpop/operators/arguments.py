@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Integral, Real
 from typing import Any
 
+import scipy.sparse.linalg
 import torch
 
 from .base import LinearOperator
+from .basic import LowRank
 
 Seed = int | torch.Generator
 """An integer, or a generator, from which an integer is drawn: equal ones give equal numbers."""
@@ -17,10 +20,7 @@ Seed = int | torch.Generator
 def operator(who: str, A: Any) -> None:
     """Refuse what is no operator of hvpop, or has no entries."""
     if not isinstance(A, LinearOperator):
-        raise TypeError(
-            f"{who} expects an hvpop.LinearOperator, got {type(A).__name__}; "
-            "wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
-        )
+        raise TypeError(f"{who} expects an hvpop.LinearOperator, got {_wrapped(A)}")
     if 0 in A.shape:
         raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
 
@@ -30,9 +30,30 @@ def symmetric(who: str, A: Any, instead: str) -> None:
     operator(who, A)
     if not A.symmetric:
         raise ValueError(
-            f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or build "
-            "it with symmetric=True if it is symmetric"
+            f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or, if it "
+            f"is symmetric, {_said_symmetric(A)}"
         )
+
+
+def _said_symmetric(A: LinearOperator) -> str:
+    if "symmetric" in inspect.signature(type(A)).parameters:
+        return "build it with symmetric=True"
+    if isinstance(A, LowRank):
+        return "leave W out"
+    return "say so: FromFunction(A.matmat, A.shape, dtype=A.torch_dtype, device=A.device, symmetric=True)"
+
+
+def _wrapped(A: Any) -> str:
+    """What came in place of an operator, and how it becomes one."""
+    got = type(A).__name__
+    if hasattr(A, "toarray"):
+        return f"{got}; write a sparse matrix out, hvpop.Dense(A.toarray(), symmetric=True)"
+    if isinstance(A, scipy.sparse.linalg.LinearOperator):
+        return (
+            f"{got}; wrap an operator of SciPy, hvpop.FromFunction(lambda V: "
+            "torch.as_tensor(A @ V.cpu().numpy()), A.shape, symmetric=True)"
+        )
+    return f"{got}; wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
 
 
 def counts(who: str, least: int = 1, **given: Any) -> None:

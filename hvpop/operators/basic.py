@@ -99,7 +99,8 @@ class Dense(LinearOperator):
 class LowRank(LinearOperator):
     """``U diag(s) W'`` for ``U`` of shape ``(m, r)`` and ``W`` of shape ``(n, r)``.
 
-    Without ``W`` it is the symmetric ``U diag(s) U'``, and without ``s`` all weights are one.
+    Without ``W``, or with one equal to ``U``, it is the symmetric ``U diag(s) U'``; without ``s`` all
+    weights are one.
 
     Examples
     --------
@@ -136,7 +137,7 @@ class LowRank(LinearOperator):
             (self.U.shape[0], self.W.shape[0]),
             dtype=self.U.dtype,
             device=self.U.device,
-            symmetric=W is None or W is U,
+            symmetric=W is None or W is U or torch.equal(self.U, self.W),
         )
 
     def _apply(self, V: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..exchange import Exchange, Ungraded, guarded
 from ..interception import Interception, Table
 from . import policies
+from .formulas.convolutions import CONVOLUTIONS
 from .formulas.recurrent import without_cudnn
 from .losses import BatchLoss, scalar
 from .modules import Inventory
@@ -28,7 +29,7 @@ from .randomness import (
     seed_all,
     torch_states,
 )
-from .rewrites import Rewrites
+from .rewrites import REWRITES, Rewrites
 from .settings import Snapshot, settings_of
 
 Tensors = dict[str, Tensor]
@@ -181,7 +182,11 @@ class LossFunction:
 
         def compute() -> Tensors:
             buffers = {name: t.clone() for name, t in held.buffers.items()}
-            with PrivateRNG(generators), held.holding(buffers):
+            with (
+                PrivateRNG(generators),
+                held.holding(buffers),
+                without_cudnn() if held.recurrent else nullcontext(),
+            ):
                 seed_all(int(seed), generators)
                 return backward(scalar(self.now.batch_loss(self.now.roots[""], batch)), trained)
 
@@ -296,14 +301,19 @@ class _At(Exchange):
         self._enter(FunctionsWatched())
         if self._twice:
             self._enter(TwiceDifferentiable())
-            self._enter(Rewrites())
         elif now.inventory.recurrent:  # cuDNN has no derivative of these in eval mode
             self._enter(without_cudnn())
         self._enter(now.inventory.holding(held, function._snapshot))
         self._enter(Ungraded(self._params.values()))  # backward passes inside others add to them
-        self._enter(Interception(WATCHED, function._observer.table, stand_ins=stand_ins))
+        rewrites = (REWRITES, CONVOLUTIONS) if self._twice else ()
+        tables = WATCHED, function._observer.table, *rewrites
+        self._tables, self._stand_ins = tables, stand_ins
         self._noted(setattr, function, "_at", function._at)
         function._at = self
+
+    def interception(self) -> Interception:
+        """What looks at the calls of an evaluation, and of the backward passes after it."""
+        return Interception(*self._tables, stand_ins=self._stand_ins)
 
     def value(self, batch: Any) -> Tensor:
         """The loss of a batch; each evaluation begins from the same buffers and attributes."""
@@ -334,6 +344,10 @@ class _Seeded(Exchange):
         function = self._function
         if not function.is_at(*self._point):
             self._enter(_At(function, *self._point))
+        assert function._at is not None
+        self._enter(
+            function._at.interception()
+        )  # not around a whole product: it looks at every call
         self._enter(PrivateRNG(function.generators))
         function.seed(self._seed)
 

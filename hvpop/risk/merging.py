@@ -30,6 +30,19 @@ def concatenated(terms: Sequence[Term]) -> Term | None:
     return Term(terms[0].function, (merged, None), weight, _range(terms))
 
 
+def fit_together(first: Term, other: Term) -> bool:
+    """Whether two batches are of the same structure, and of the same shapes but for their samples."""
+    a, b = (pytree.tree_flatten(term.data[0]) for term in (first, other))
+    if a[1] != b[1]:
+        return False
+    return all(
+        _same_samples(x, y)
+        if isinstance(x, Tensor) and isinstance(y, Tensor)
+        else isinstance(x, _PLAIN) and type(x) is type(y) and x == y
+        for x, y in zip(a[0], b[0], strict=True)
+    )
+
+
 def stacked(terms: Sequence[Term]) -> Term | None:
     """One term with the batches along a new dimension, each a mean of its own (`torch.vmap`).
 

@@ -103,6 +103,12 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.scatter_reduce: arithmetic.scatter_reduce,  # "prod": forward is WRONG, without an error
     torch.Tensor.scatter_reduce: arithmetic.scatter_reduce,
     torch.Tensor.scatter_reduce_: arithmetic.scatter_reduce_,
+    torch.index_reduce: arithmetic.index_reduce,  # "prod" with zeros: reverse; forward
+    torch.Tensor.index_reduce: arithmetic.index_reduce,
+    torch.Tensor.index_reduce_: arithmetic.index_reduce_,
+    torch.renorm: arithmetic.renorm,  # of zeros: reverse, forward
+    torch.Tensor.renorm: arithmetic.renorm,
+    torch.Tensor.renorm_: arithmetic.renorm_,
     torch.lstm: recurrent.lstm,  # cuDNN's kernels: reverse, forward
     torch.gru: recurrent.gru,
     torch.rnn_tanh: recurrent.rnn_tanh,

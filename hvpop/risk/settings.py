@@ -19,6 +19,9 @@ _LONG = 1000
 _MOST = 20_000
 """Things looked at; beyond, the same."""
 
+_DEEP = 12
+"""Levels of things within one another; beyond, the same."""
+
 _SCALARS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 _ELSEWHERE = {"_parameters", "_buffers"}  # tensors have fingerprints of their own
@@ -60,6 +63,7 @@ def settings_of(*things: Any) -> Any:
 class _Walk:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, object]] = {}
+        self._depth = 0
 
     def described(self, thing: Any) -> Any:
         if isinstance(thing, float):
@@ -69,8 +73,14 @@ class _Walk:
         if id(thing) in self._seen:
             return "seen", self._seen[id(thing)][0]
         self._seen[id(thing)] = len(self._seen), thing
-        if len(self._seen) > _MOST:
+        if len(self._seen) > _MOST or self._depth == _DEEP:
             return _Same(thing)
+        self._depth += 1
+        found = self._within(thing)
+        self._depth -= 1
+        return found
+
+    def _within(self, thing: Any) -> Any:
         if isinstance(thing, type) and not _is_torchs(thing):
             return _Same(thing), self._named(_data_of(thing))
         if isinstance(thing, Tensor) and not isinstance(thing, _OPAQUE):
@@ -85,6 +95,8 @@ class _Walk:
             return self.described(thing.__func__), self.described(thing.__self__)
         if isinstance(thing, list | tuple | Mapping | Set) and len(thing) <= _LONG:
             return type(thing), self._items(thing)
+        if type(thing).__module__.startswith("hvpop.") and not hasattr(thing, "loss"):
+            return _Same(thing)  # operators and risks are no settings of a loss that holds them
         return _Same(thing), self.described(type(thing)), self._named(_attributes(thing))
 
     def _items(self, thing: Any) -> list[Any]:
@@ -222,4 +234,4 @@ def _copied(thing: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
-_LIBRARIES = ("torch", "threading", "logging", "io", "weakref", "_thread", "pathlib", "re")
+_LIBRARIES = ("hvpop", "torch", "threading", "logging", "io", "weakref", "_thread", "pathlib", "re")

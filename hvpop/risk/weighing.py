@@ -94,7 +94,7 @@ class Weigher:
     def table(self) -> Table:
         """What watches the loss, for `hvpop.interception`."""
         known = self._average.weight is not None or guesses_of(self._batch_loss) is not None
-        return {} if known or self._proof is None else self._watch.table
+        return {} if known else self._watch.table
 
     def observe(self, value: Tensor, params: dict[str, Tensor]) -> None:
         """Take note of a loss, evaluated for derivatives by ``params``."""

@@ -2,9 +2,10 @@
 
 from .block_cg import block_cg
 from .cg import cg
+from .convergence import NotConverged
 from .direct import Direct
 from .functions import MatrixFunction, matrix_function
-from .inverse import Inverse, NotConverged, pseudoinverse
+from .inverse import Inverse, pseudoinverse
 from .lsmr import lsmr
 from .minres import minres
 from .multishift import multishift_cg

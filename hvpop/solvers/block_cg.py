@@ -79,12 +79,9 @@ def block_cg(
         while not run.done() and run.steps < limit:
             run.step()
             bar.update(lambda: f"residual {worst(run.error * run.size, run.target * run.size)}")
-            if callback is not None:
-                norms = run.error * run.size
-                x = (run.X * run.size).reshape(b.shape)
-                if callback(Step(run.steps, x, norms, run.products)):
-                    interrupted = "interrupted"
-                    break
+            if checks.stopped("block_cg", callback, lambda: run.report(b)):
+                interrupted = "interrupted"
+                break
     except KeyboardInterrupt:
         interrupted = "interrupted"
     finally:
@@ -123,7 +120,10 @@ class _Run:
 
     def done(self) -> bool:
         """Whether all columns have converged truly, or nothing more can be done."""
-        if self.failure is None and bool((self.error <= self.target).all()) and not self.checked:
+        # below the floor rounding in the products decides what the error really is
+        floor = 8 * torch.finfo(self.A.torch_dtype).eps * self.scale * checks.norms(self.X)
+        claimed = bool((self.error <= torch.maximum(self.target, floor)).all())
+        if self.failure is None and claimed and not self.checked:
             before = self.true
             self._start(self.B - self._multiply(self.X))
             open_ = self.error > self.target
@@ -162,6 +162,10 @@ class _Run:
         eps = torch.finfo(self.X.dtype).eps
         if not bool((self.error <= self.least / eps**0.5).all()):
             self.X, self.failure = self.best, "stagnated"
+
+    def report(self, b: Tensor) -> Step:
+        x = (self.X * self.size).reshape(b.shape)
+        return Step(self.steps, x, self.error * self.size, self.products)
 
     def result(self, b: Tensor, unfinished: Status) -> SolveResult:
         if not self.checked:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ..operators.measured import Measured
 from . import checks, lockstep
 from .lockstep import BREAKDOWN, GO, NEGATIVE
 from .results import Callback, SolveResult
@@ -119,7 +120,7 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
 
     def __init__(self, A: LinearOperator, M: LinearOperator | None) -> None:
         super().__init__(A)
-        self.M = M
+        self.M = None if M is None else Measured(f"{self.who}'s preconditioner", M)
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)
@@ -160,8 +161,6 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
     def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
         Z: Tensor = R if self.M is None else self.M @ R
         rho = torch.linalg.vecdot(R, Z, dim=0)
-        if self.M is not None and bool((rho < 0).any()):
-            raise ValueError(
-                f"cg({self.A!r}): its preconditioner {self.M!r} is not positive definite; it has r'Mr < 0"
-            )
+        if self.M is not None:
+            checks.positive_form(self.who, self.A, self.M.parts[0], R, rho)
         return Z, rho

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.crossing import working_dtype
+from .results import Callback, Step
 
 
 def columns(
@@ -61,10 +63,7 @@ def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None
     """``M`` is a symmetric operator that multiplies what ``A`` multiplies; linearized."""
     if M is None:
         return None
-    if not isinstance(M, LinearOperator):
-        raise TypeError(
-            f"{who} expects its preconditioner as an hvpop.LinearOperator, got {type(M).__name__}"
-        )
+    arguments.operator(f"{who}'s preconditioner", M)
     if M.shape != A.shape:
         raise ValueError(f"{who}({A!r}) expects a preconditioner of shape {A.shape}, got {M!r}")
     if M.device != A.device or working_dtype(M.torch_dtype) is not working_dtype(A.torch_dtype):
@@ -72,7 +71,24 @@ def preconditioner(who: str, A: LinearOperator, M: Any) -> LinearOperator | None
             f"{who}({A!r}) expects a preconditioner of dtype {working_dtype(A.torch_dtype)} on {A.device}, got {M!r}"
         )
     symmetric(f"{who}'s preconditioner", M, "symmetrize it")
-    return M.linearize()
+    linearized: LinearOperator = M.linearize()
+    return linearized
+
+
+def positive_form(who: str, A: LinearOperator, M: LinearOperator, R: Tensor, forms: Tensor) -> None:
+    """``r'Mr``, the ``forms`` of residuals ``R``, are positive: a preconditioner has no null space."""
+    if bool((forms > 0).all()):
+        return
+    small = torch.finfo(R.dtype).tiny ** 0.25  # whose squares may underflow
+    null = (forms == 0) & (torch.linalg.vector_norm(R, torch.inf, dim=0) > small)
+    if bool((forms < 0).any()) or bool(null.any()):
+        sign = (
+            "r'Mr < 0" if bool((forms < 0).any()) else "r'Mr = 0 for a residual r that is not zero"
+        )
+        raise ValueError(
+            f"{who}({A!r}): its preconditioner {M!r} is not positive definite; it has {sign}. "
+            "Damp it: M + c * Identity.like(M)"
+        )
 
 
 def sizes(V: Tensor) -> Tensor:
@@ -101,3 +117,17 @@ def callback(who: str, function: Any) -> None:
     """What is to be called after each step can be called."""
     if function is not None and not callable(function):
         raise TypeError(f"{who} expects callback as a function of a Step, got {function!r:.60}")
+
+
+def stopped(who: str, function: Callback | None, step: Callable[[], Step]) -> bool:
+    """Whether the callback ends the run; one that takes a `Step` for an array is told what it got."""
+    if function is None:
+        return False
+    try:
+        return bool(function(step()))
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"{who}: its callback {function!r:.60} failed: {error}. It gets one argument, a Step with "
+            "number, x, residual_norms and products; one written for SciPy, which gets the iterate as "
+            "an array, is lambda step: callback(step.x.cpu().numpy())"
+        ) from error

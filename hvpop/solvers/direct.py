@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
-from . import checks
-from .inverse import NotConverged
+from . import checks, convergence
 
 
 class Direct:
@@ -50,10 +47,8 @@ class Direct:
         X: Tensor = torch.linalg.lu_solve(self._LU, self._pivots, B)
         rounding = A.shape[0] * torch.finfo(X.dtype).eps * self._size * checks.norms(X)
         if bool((rounding > checks.norms(B)).any()):
-            warnings.warn(
-                f"Direct: {A!r} is singular up to rounding, and so is the answer; damp it, or use lsmr",
-                NotConverged,
-                stacklevel=2,
+            convergence.warn(
+                f"Direct: {A!r} is singular up to rounding, and so is the answer; damp it, or use lsmr"
             )
         return X.reshape(b.shape)
 

@@ -105,6 +105,10 @@ class Evaluation:
         for column in self.lanczos.columns.tolist():
             self.status[column] = status
         self._write(torch.ones_like(self.lanczos.columns, dtype=torch.bool), self.past)
+        if not bool(self.y.isfinite().all()):
+            raise FloatingPointError(
+                f"{self.who}: f(A) v is larger than {self.y.dtype} holds; scale v, or take float64"
+            )
         return FunctionResult(
             y=self.y.squeeze(1) if V.ndim == 1 else self.y,
             errors=self.errors,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ..operators import LinearOperator
 from ..operators.algebra import Composite
-from . import checks
+from . import checks, convergence
 from .evaluation import Evaluation, Scalar
-from .inverse import NotConverged
 from .progress import Bar
 from .results import FunctionResult, Status, worst
 
@@ -125,7 +123,7 @@ class MatrixFunction(Composite):
     def _apply(self, V: Tensor) -> Tensor:
         result = self.evaluate(V)
         if not result.converged:
-            warnings.warn(f"{self!r}: {result}", NotConverged, stacklevel=2)
+            convergence.warn(f"{self!r}: {result}; {convergence.cure(result.status)}")
         return result.y
 
     def _label(self) -> str:

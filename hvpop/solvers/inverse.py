@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,14 +9,11 @@ from torch import Tensor
 
 from ..operators import LinearOperator, LowRank, arguments
 from ..operators.algebra import Composite
+from . import convergence
 from .cg import cg
 from .results import SolveResult
 
 Solver = Callable[[LinearOperator, Tensor], SolveResult | Tensor]
-
-
-class NotConverged(RuntimeWarning):
-    """A product was returned although its solver did not reach its tolerance."""
 
 
 class Inverse(Composite):
@@ -96,7 +92,7 @@ class Inverse(Composite):
                 f"got {type(result).__name__}"
             )
         if not result.converged:
-            warnings.warn(f"{self!r}: {result}", NotConverged, stacklevel=2)
+            convergence.warn(f"{self!r}: {result}; {convergence.cure(result.status)}")
         return result.x
 
 

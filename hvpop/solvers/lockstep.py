@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, measured
 from ..operators.crossing import working_dtype
 from . import checks
 from .progress import Bar
@@ -45,7 +45,11 @@ S = TypeVar("S", bound=State)
 
 
 class Recurrence(ABC, Generic[S]):
-    """How one solver starts and steps; it counts its products and learns a scale of ``A``."""
+    """How one solver starts and steps; it counts its products and learns a scale of ``A``.
+
+    It solves with ``A / unit``, by the unit that the first product shows, so that no square of a
+    product over- or underflows.
+    """
 
     who: str
 
@@ -54,7 +58,9 @@ class Recurrence(ABC, Generic[S]):
         self.products = 0
         self.dtype = working_dtype(A.torch_dtype)
         self.eps = torch.finfo(self.dtype).eps
-        self.scale = torch.zeros((), dtype=self.dtype, device=A.device)  # <= |A|
+        self.unit = 0.0  # not known yet
+        self.ready: Tensor | None = None  # the next product
+        self.scale = torch.zeros((), dtype=self.dtype, device=A.device)  # <= |A|, in units
 
     @abstractmethod
     def start(self, B: Tensor, X: Tensor | None) -> S:
@@ -78,20 +84,38 @@ class Recurrence(ABC, Generic[S]):
         """``(k,)``: a problem whose error at zero is no more than this has zero for its answer."""
         return None
 
-    def multiply(self, V: Tensor) -> Tensor:
-        """``A V``, counted."""
-        Y: Tensor = self.A @ V
-        self.count(V, Y)
-        return Y
+    def error_unit(self) -> float:
+        """What an error of one is, for a right-hand side in its own units."""
+        return 1.0
 
-    def count(self, V: Tensor, Y: Tensor) -> None:
-        """Note a product ``Y`` of ``A``, or of its transpose, with ``V``."""
+    def begun_at(self, X: Tensor) -> Tensor:
+        """``X`` in the units of ``A``, which its product shows; that product is the next."""
+        Y: Tensor = self.A @ X
+        self.unit = measured.unit(Y, X) or 1.0
+        self.ready = Y
+        return X * self.unit
+
+    def multiply(self, V: Tensor) -> Tensor:
+        """``A V / unit``, counted."""
+        if self.ready is None:
+            return self.counted(V, self.A @ V)
+        Y, self.ready = self.ready, None
+        return self.counted(V, Y, unit=1.0)
+
+    def counted(self, V: Tensor, Y: Tensor, unit: float | None = None) -> Tensor:
+        """A product ``Y`` of ``A``, or of its transpose, with ``V``, in units, and noted."""
         self.products += V.shape[1]
+        if self.unit == 0.0:
+            self.unit = measured.unit(Y, V)
+        if unit is None:
+            unit = self.unit or 1.0
+        Y = Y if unit == 1.0 else Y / unit
         growth = torch.linalg.vector_norm(Y, dim=0) / torch.linalg.vector_norm(V, dim=0).clamp_min(
             torch.finfo(self.dtype).tiny
         )
         if growth.numel():
             self.scale = torch.maximum(self.scale, growth.max())
+        return Y
 
     def residual(self, B: Tensor, X: Tensor | None) -> Tensor:
         """``B - A X``, in memory of its own; no product where ``X`` is None."""
@@ -120,7 +144,7 @@ def solve(
         while run.running and run.steps < max_steps:
             run.step()
             bar.update(run.worst)
-            if callback is not None and callback(run.report()):
+            if checks.stopped(recurrence.who, callback, run.report):
                 run.close_all("interrupted")
         run.close_all("max steps")
     except KeyboardInterrupt:
@@ -154,14 +178,28 @@ class _Run(Generic[S]):
         self.direction: Tensor | None = None
 
     @property
+    def x_size(self) -> Tensor:
+        """What the iterates are in units of, ``(k,)``."""
+        return self.size / (self.recurrence.unit or 1.0)
+
+    @property
+    def error_size(self) -> Tensor:
+        """What the errors are in units of, ``(k,)``."""
+        return self.size * self.recurrence.error_unit()
+
+    @property
     def running(self) -> bool:
         return self.columns.numel() > 0
 
     def begin(self, rtol: float, atol: float) -> None:
+        if self.X0 is not None:
+            self.X0 = self.recurrence.begun_at(self.X0)
         self.state = state = self.recurrence.start(self.B, self.X0)
         zero = state if self.X0 is None else self.recurrence.start(self.B, None)
         self.error_of_zero = zero.error.clone()
-        self.target = torch.maximum(rtol * zero.error, atol / self.size)
+        self.target = rtol * zero.error
+        if atol:  # in units that may underflow, where nothing is asked in them
+            self.target = torch.maximum(self.target, atol / self.error_size)
         self.x, self.error = state.X.clone(), state.error.clone()
         self.history = [state.error.clone()]
         self.begun = True
@@ -276,7 +314,7 @@ class _Run(Generic[S]):
             )
 
     def worst(self) -> str:
-        text = f"residual {worst(self._norms() * self.size, self.target * self.size)}"
+        text = f"residual {worst(self._norms() * self.error_size, self.target * self.error_size)}"
         return text if self.vector else f"{text}, {self.columns.numel()} columns"
 
     def _norms(self) -> Tensor:
@@ -287,16 +325,16 @@ class _Run(Generic[S]):
     def report(self) -> Step:
         x = self.x.clone()
         x[:, self.columns] = self.state.X
-        norms = self._norms() * self.size
-        return Step(self.steps, self._as_b(x * self.size), norms, self.recurrence.products)
+        norms = self._norms() * self.error_size
+        return Step(self.steps, self._as_b(x * self.x_size), norms, self.recurrence.products)
 
     def result(self) -> SolveResult:
         return SolveResult(
-            x=self._as_b(self.x * self.size),
+            x=self._as_b(self.x * self.x_size),
             status=tuple(self.status),
-            residual_norms=self.error * self.size,
-            targets=self.target * self.size,
-            history=torch.stack(self.history) * self.size,
+            residual_norms=self.error * self.error_size,
+            targets=self.target * self.error_size,
+            history=torch.stack(self.history) * self.error_size,
             steps=self.steps,
             products=self.recurrence.products,
             directions=None if self.direction is None else self._as_b(self.direction),

@@ -181,6 +181,9 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         t.U, t.V, t.alpha, t.alpha_bar = U, V, alpha, c * alpha
         t.rho, t.rho_bar, t.c_bar, t.s_bar = rho, rho_bar, c_bar, s_bar
 
+    def error_unit(self) -> float:
+        return self.unit or 1.0
+
     def floor(self, state: _State) -> Tensor:
         return self.scale * (super().floor(state) + 8 * self.eps * state.rest)
 
@@ -191,13 +194,15 @@ class _LeastSquares(lockstep.Recurrence[_State]):
 
     def _forward(self, V: Tensor) -> Tensor:
         AV = self.multiply(V)
-        return torch.cat([AV, self.root * V]) if self.root else AV
+        return torch.cat([AV, self._root() * V]) if self.root else AV
 
     def _back(self, U: Tensor) -> Tensor:
         m = self.A.shape[0]
-        AU: Tensor = self.A.T @ U[:m]
-        self.count(U[:m], AU)
-        return AU + self.root * U[m:] if self.root else AU
+        AU = self.counted(U[:m], self.A.T @ U[:m])
+        return AU + self._root() * U[m:] if self.root else AU
+
+    def _root(self) -> float:
+        return self.root / (self.unit or 1.0)
 
 
 def _reciprocal(values: Tensor) -> Tensor:

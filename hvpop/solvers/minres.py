@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ..operators.measured import Measured
 from . import checks, lockstep
 from .lockstep import BREAKDOWN, GO
 from .results import Callback, SolveResult
@@ -90,7 +91,7 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
 
     def __init__(self, A: LinearOperator, M: LinearOperator | None) -> None:
         super().__init__(A)
-        self.M = M
+        self.M = None if M is None else Measured(f"{self.who}'s preconditioner", M)
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)
@@ -164,11 +165,7 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
             return R, torch.linalg.vector_norm(R, dim=0)
         Z = self.M @ R
         square = torch.linalg.vecdot(R, Z, dim=0)
-        if bool((square < 0).any()):
-            raise ValueError(
-                f"minres({self.A!r}): its preconditioner {self.M!r} is not positive definite; "
-                "it has r'Mr < 0"
-            )
+        checks.positive_form(self.who, self.A, self.M.parts[0], R, square)
         return Z, square.sqrt()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..operators import Damped, LinearOperator
+from ..operators import Damped, LinearOperator, measured
 from . import checks
 from .cg import cg
 from .progress import Bar
@@ -85,7 +85,7 @@ def multishift_cg(
         while bool(family.running.any()) and family.steps < limit:
             family.step()
             bar.update(family.worst)
-            if callback is not None and callback(family.report(b.ndim == 1)):
+            if checks.stopped("multishift_cg", callback, lambda: family.report(b.ndim == 1)):
                 interrupted = True
                 break
     except KeyboardInterrupt:
@@ -105,6 +105,7 @@ class _Family:
         s, (n, k) = C.numel(), B.shape
         norms = checks.norms(B)
         self.A, self.B, self.C = A, B, C
+        self.unit = 0.0  # not known before the first product; X and P are in units of it
         self.rtol, self.atol = rtol, atol
         self.target = (rtol * norms).clamp_min(atol)  # (k,)
         self.claim = torch.maximum(self.target, torch.finfo(B.dtype).eps * norms)  # by recurrence
@@ -126,16 +127,14 @@ class _Family:
         live = self.running.any(0).nonzero().squeeze(1)  # columns with an open shift
         V, V_last, beta = self.V[:, live], self.V_last[:, live], self.beta[live]
         Y: Tensor = self.A @ V
+        measured.finite("multishift_cg", self.A, Y)
+        self.unit = self.unit or measured.unit(Y, V)
+        Y = Y / (self.unit or 1.0)
         self.products += live.numel()
         self.steps += 1
         alpha = torch.linalg.vecdot(V, Y, dim=0)
         Y = Y.addcmul(V, alpha, value=-1).addcmul(V_last, beta, value=-1)
         beta_next = torch.linalg.vector_norm(Y, dim=0)
-        if not bool(beta_next.isfinite().all()):
-            raise FloatingPointError(
-                f"multishift_cg({self.A!r}): a product is not finite after {self.steps} steps; "
-                "look for non-finite entries in the model, the data or the damping"
-            )
         size = torch.maximum(self.size[live], torch.hypot(alpha, beta_next))
         beta_next = torch.where(beta_next <= self.eps * size, 0.0, beta_next)
 
@@ -144,7 +143,12 @@ class _Family:
             at = live[of_live]
             if at.numel():
                 self._advance(
-                    i, at, V[:, of_live], alpha[of_live] + shift, beta[of_live], beta_next[of_live]
+                    i,
+                    at,
+                    V[:, of_live],
+                    alpha[of_live] + shift / (self.unit or 1.0),
+                    beta[of_live],
+                    beta_next[of_live],
                 )
         self.V_last[:, live], self.beta[live], self.size[live] = V, beta_next, size
         self.V[:, live] = Y / torch.where(beta_next > 0, beta_next, 1.0)
@@ -173,11 +177,12 @@ class _Family:
         return f"residual {text}, {int(self.running.sum())} open"
 
     def report(self, vector: bool) -> Step:
-        x = self.X[0].squeeze(1) if vector else self.X[0]
+        X = self.X[0] / (self.unit or 1.0)
+        x = X.squeeze(1) if vector else X
         return Step(self.steps, x, self.error.max(0).values, self.products)
 
     def finish(self, b: Tensor, limit: int, interrupted: bool) -> MultishiftResult:
-        A, X = self.A, self.X
+        A, X = self.A, self.X.div_(self.unit or 1.0)
         true = self._true_norms()
         statuses: list[tuple[Status, ...]] = []
         for i, shift in enumerate(self.C):

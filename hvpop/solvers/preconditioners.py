@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..operators import Diagonal, LinearOperator, arguments
+from ..operators import Diagonal, LinearOperator, arguments, measured
+from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from . import checks
 
 
-def jacobi(A: LinearOperator, samples: int = 32, *, seed: int = 0) -> Diagonal:
+def jacobi(A: LinearOperator, samples: int = 32, *, seed: Seed = 0) -> Diagonal:
     """The inverse of the diagonal of ``A``, which is estimated from random products.
 
     Each of the ``samples`` products multiplies a vector of random signs. An entry is taken
@@ -25,7 +26,7 @@ def jacobi(A: LinearOperator, samples: int = 32, *, seed: int = 0) -> Diagonal:
         Symmetric, with its damping: ``jacobi(Damped(H, c))``.
     samples
         How many products, in one block ``(n, samples)``; at least 2.
-    seed
+    seed : int or torch.Generator
         Of the random signs; the same on every device.
 
     Notes
@@ -43,17 +44,18 @@ def jacobi(A: LinearOperator, samples: int = 32, *, seed: int = 0) -> Diagonal:
     """
     checks.symmetric("jacobi", A, "no preconditioner here is for it")
     arguments.counts("jacobi", least=2, samples=samples)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(arguments.seed("jacobi", seed))
     signs = torch.randint(0, 2, (A.shape[0], samples), generator=generator) * 2 - 1
     V = signs.to(dtype=working_dtype(A.torch_dtype), device=A.device)
-    products = V * (A.linearize() @ V)
+    Y: Tensor = A.linearize() @ V
+    measured.finite("jacobi", A, Y)
+    size = measured.unit(Y) or 1.0
+    products = V * (Y / size)
     error, mean = torch.std_mean(products, dim=1)
     d = torch.maximum(mean.abs(), error / math.sqrt(samples))
     largest = d.max()
-    if not bool(largest.isfinite()):
-        raise FloatingPointError(f"jacobi({A!r}): the products are not finite")
     smallest = largest * torch.finfo(d.dtype).eps
-    return Diagonal(1 / d.clamp_min(smallest) if bool(largest > 0) else torch.ones_like(d))
+    return Diagonal(1 / d.clamp_min(smallest) / size if bool(largest > 0) else torch.ones_like(d))
 
 
 class Nystrom(LinearOperator):
@@ -92,7 +94,7 @@ class Nystrom(LinearOperator):
         return f"Nystrom({self.eigenvalues.shape[0]}, damping={self.damping:g})"
 
 
-def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> Nystrom:
+def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: Seed = 0) -> Nystrom:
     """A preconditioner for ``A + damping I`` from ``rank`` products with random vectors.
 
     It removes the largest eigenvalues: what remains has a condition number of about
@@ -110,7 +112,7 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> N
         Between 1 and n: how many products, in one block ``(n, rank)``.
     damping
         Positive, uniform.
-    seed
+    seed : int or torch.Generator
         Of the random vectors; the same on every device.
 
     Notes
@@ -137,22 +139,23 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: int = 0) -> N
         raise ValueError(f"nystrom({A!r}) expects a rank between 1 and {n}, got {rank}")
     arguments.positive("nystrom", damping=damping)
     dtype = working_dtype(A.torch_dtype)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(arguments.seed("nystrom", seed))
     gaussian = torch.randn(n, rank, generator=generator, dtype=torch.float64)
     Omega = torch.linalg.qr(gaussian.to(dtype=dtype, device=A.device)).Q
     Y: Tensor = A.linearize() @ Omega
+    measured.finite("nystrom", A, Y)
+    unit = measured.unit(Y) or 1.0
+    Y = Y / unit
     size = float(torch.linalg.matrix_norm(Y))
-    if not math.isfinite(size):
-        raise FloatingPointError(f"nystrom({A!r}): the products are not finite")
     core = Omega.T @ Y
     core = (core + core.T) / 2
     shift = torch.finfo(dtype).eps * math.sqrt(n) * size
     lowest = float(torch.linalg.eigvalsh(core)[0])
     if lowest < 0:
-        shift = max(shift, damping, -2 * lowest)
+        shift = max(shift, damping / unit, -2 * lowest)
     shift = max(shift, torch.finfo(dtype).tiny)
     Y += shift * Omega
     L = torch.linalg.cholesky(core + shift * torch.eye(rank, dtype=dtype, device=A.device))
     F = torch.linalg.solve_triangular(L, Y.T, upper=False).T  # F F' approximates A + shift I
     U, sigma, _ = torch.linalg.svd(F, full_matrices=False)
-    return Nystrom((sigma.square() - shift).clamp_min(0), U, damping, products=rank)
+    return Nystrom((sigma.square() - shift).clamp_min(0) * unit, U, damping, products=rank)

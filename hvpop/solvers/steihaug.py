@@ -117,9 +117,8 @@ def steihaug(
             p, pp = beta * p - z, rho + beta**2 * pp
             history.append(_length(r))
             bar.update(lambda: f"residual {history[-1] * size:.2e} (target {target * size:.2e})")
-            if callback is not None and callback(
-                Step(steps, s * size, checks.norms(r.unsqueeze(1)) * size, steps)
-            ):
+            at = Step(steps, s * size, checks.norms(r.unsqueeze(1)) * size, steps)
+            if checks.stopped("steihaug", callback, lambda at=at: at):  # type: ignore[misc]
                 status = "interrupted"
                 break
         else:
@@ -155,9 +154,8 @@ def _to_boundary(norm: float, sp: float, pp: float, radius: float) -> float:
 
 def _precondition(A: LinearOperator, M: LinearOperator | None, r: Tensor) -> tuple[Tensor, float]:
     z: Tensor = r if M is None else M @ r
-    rho = float(r @ z)
-    if rho < 0:
-        raise ValueError(
-            f"steihaug({A!r}): its preconditioner {M!r} is not positive definite; it has r'Mr < 0"
-        )
+    rho = float(r.double() @ z.double())  # which has the squares of all that float32 has
+    if M is not None:
+        forms = torch.tensor([rho], dtype=torch.float64)
+        checks.positive_form("steihaug", A, M, r.double().unsqueeze(1).cpu(), forms)
     return z, rho

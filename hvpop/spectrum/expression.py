@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..operators import Damped, LinearOperator
 from ..operators.crossing import working_dtype
+from ..operators.measured import Measured
 from . import probes
-from .measured import Measured
 
 
 def structure(A: LinearOperator) -> list[Any]:

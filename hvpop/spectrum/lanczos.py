@@ -13,10 +13,10 @@ from torch import Tensor
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
+from ..operators.measured import Measured
 from . import probes
 from .checkpoint import digest
 from .loop import Task
-from .measured import Measured
 from .results import Eigenpairs, Status
 
 Which = Literal["LA", "SA", "LM", "SM", "BE"]

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
@@ -203,9 +204,13 @@ class _LogDet(SpectralSampling[_State]):
         deviations = [self._deviation(forms) for forms in (state.above, state.below)]
         error = 0.0 if state.quadrature.exact else max(deviations) / count**0.5
         value, rounding = state.above[0].mean(), state.rounding.mean()
-        half = _TWO_SIDED * error + rounding
+        # the variance is known, but a form of few probes is skew: Student's factor allows for that
+        half = float(stdtrit(max(1, count - 1), 0.975)) * error + rounding
         low, high = value - state.gap - half, value + half
         return Band(n * value, n * torch.full_like(value, error), n * low, n * high)
+
+    def rounded(self, band: Band) -> Band:
+        return band  # has it already: it is that of the eigenvalues, not of their logarithms
 
     def restored(self, band: Band) -> Band:
         shift = self.A.shape[0] * math.log(self.source.unit)
@@ -247,7 +252,6 @@ class _LogDet(SpectralSampling[_State]):
         return (super().report(state) if state.history else "first probes") + step
 
 
-_TWO_SIDED = 1.96  # standard errors, of 95 % of a normal distribution
 _FLOOR = torch.finfo(torch.float64).eps  # no eigenvalue is smaller, in units of the largest
 _EXACT = 1e-3  # to which all eigenvalues must tell their logarithms at least
 

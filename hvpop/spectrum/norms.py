@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
+from ..operators.measured import Measured
 from . import operand, spread
 from .eigsh import eigsh
 from .known import Known
-from .measured import Measured
 from .results import Estimate
 from .sampling import Band, mean
 from .sketched import SplitSampling, SplitState

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
+from ..operators.measured import Measured
 from .known import Known
 from .loop import Task, run
-from .measured import Measured
 from .results import Estimate, Status
 
 History = tuple[tuple[int, float, float], ...]

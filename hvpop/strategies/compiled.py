@@ -17,6 +17,7 @@ from .compiling.program import Program, Run, first_line
 from .compiling.tracing import UntraceableError
 from .referee import generic
 from .reverse import ReverseOverReverse, Untested
+from .rounding import agree, nudged
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _MOST_PROGRAMS = 64  # kept; functions made anew for each call would pile up otherwise
@@ -27,6 +28,10 @@ leave the cache (64-32-10 network, 1024 samples: 0.19 ms a column by 8, 0.24 alo
 16); fewer than `FULL` columns are faster one by one than filled up with zeros."""
 
 FULL = 6
+
+SPOT_CHECK = 256
+"""Each time so many linear maps have been made, and at some powers of two before, is a traced product held against the strategy's:
+a trace does not see all that the function depends on. It costs as much as one map, so half a per cent."""
 
 
 class Compiled(HVPStrategy):
@@ -89,6 +94,7 @@ class Compiled(HVPStrategy):
         self.compiler = compiler
         self.fallback_reason: str | None = None
         self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()
+        self._maps = 0
 
     @property
     def plain(self) -> HVPStrategy:
@@ -103,8 +109,8 @@ class Compiled(HVPStrategy):
     def linearize(
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> LinearMap:
-        def wrapped() -> LinearMap:
-            return self.strategy.linearize(fn, params, *args, differentiable=differentiable)
+        def wrapped(point: Params = params) -> LinearMap:
+            return self.strategy.linearize(fn, point, *args, differentiable=differentiable)
 
         program = None if differentiable else self._program(fn, params, args)
         if program is None or (program.proven and program.run is None):
@@ -119,7 +125,11 @@ class Compiled(HVPStrategy):
             self.complain([f"the traced function failed ({first_line(error)})"])
             program.proven = True
             return wrapped()
-        return _Map(self, program, wrapped, params, residuals, _bytes_beyond(residuals, inputs))
+        linear = _Map(self, program, wrapped, params, residuals, _bytes_beyond(residuals, inputs))
+        self._maps += 1
+        if self._is_due():
+            linear.verify()
+        return linear
 
     def complain(self, reasons: Iterable[str]) -> None:
         """Record why something falls back; warn of the first."""
@@ -127,6 +137,20 @@ class Compiled(HVPStrategy):
             if self.fallback_reason is None:
                 self.fallback_reason = reason
                 warnings.warn(f"{self!r}: {reason}; falling back", UserWarning, stacklevel=4)
+
+    def _is_due(self) -> bool:
+        few = self._maps >= 16 and self._maps & (self._maps - 1) == 0
+        return few or self._maps % SPOT_CHECK == 0
+
+    def forget(self) -> None:
+        """Trace everything anew."""
+        self._programs.clear()
+        warnings.warn(
+            f"{self!r}: a traced product was no longer that of its function, which depends on something "
+            "that no trace can see (a global variable, the state of an object): it is traced anew, and "
+            "products since that changed are wrong",
+            stacklevel=4,
+        )
 
     def _program(
         self, fn: ScalarFunction, params: Params, args: tuple[object, ...]
@@ -177,7 +201,7 @@ class _Map(LinearMap):
         self,
         compiled: Compiled,
         program: Program,
-        wrapped: Callable[[], LinearMap],
+        wrapped: Callable[..., LinearMap],
         params: Params,
         residuals: Sequence[Tensor],
         residual_bytes: int,
@@ -226,9 +250,31 @@ class _Map(LinearMap):
         if not all(bool(t.isfinite().all()) for t in expected):
             return
         with _undifferentiated():
-            complaints = self._program.prove(self._residuals, self._ordered(w), expected)
+            complaints = self._program.prove(
+                self._residuals, self._ordered(w), expected, lambda: self._next_to_it(w)
+            )
         self._compiled.complain(complaints)
         self._reference = None
+
+    def verify(self) -> None:
+        """Give up a trace that is no longer of the function, be it that nobody could see the change."""
+        run = self._program.run
+        if run is None or not self._program.proven:
+            return
+        w = generic(self._params)
+        expected = list(self._strategys()(w).values())
+        with _undifferentiated():
+            found = run(*self._residuals, *self._ordered(w))
+        if not all(bool(t.isfinite().all()) for t in expected):
+            return
+        if not agree(found, expected, self._program.tolerance, lambda: self._next_to_it(w)):
+            self._compiled.forget()
+            self._program.run = None
+        else:
+            self._reference = None
+
+    def _next_to_it(self, w: Params) -> list[Tensor]:
+        return list(self._wrapped(nudged(self._params))(w).values())
 
     def _run_for_blocks(self) -> Run | None:
         """The program for `BLOCK` columns, compared once with that for one."""
@@ -259,8 +305,8 @@ def _signature(arguments: object) -> tuple[Hashable, ...]:
 
 def _kind(leaf: object) -> Hashable:
     if isinstance(leaf, Tensor):
-        if leaf.layout is not torch.strided:
-            raise UntraceableError(f"a tensor is {leaf.layout}")
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            raise UntraceableError(f"a tensor is {'nested' if leaf.is_nested else leaf.layout}")
         return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     if leaf is None or isinstance(leaf, _CONSTANTS):
         return type(leaf), leaf

@@ -17,7 +17,7 @@ from .base import (
     leaves,
     plain,
 )
-from .graphs import nodes_of
+from .graphs import explained_once, nodes_of
 from .rounding import rounding
 
 
@@ -88,7 +88,7 @@ class _GradientDifference(LinearMap):
         return {name: (ahead[name] - behind[name]) / (2 * h) for name in self._point}
 
     def _gradient(self, v: Params, h: float) -> Params:
-        with grad_enabled():
+        with grad_enabled(), explained_once():
             if not self._differentiable:
                 moved = {n: p.detach() + h * v[n] for n, p in self._point.items()}
                 return first_gradient(self._fn, moved, self._args)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import _engine_run_backward
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -44,6 +48,10 @@ _MISSING = (
     (r"ZeroTensors are immutable", "an op writes into a forward-mode zero"),
     (r"must implement the jvp", "a custom autograd.Function has no jvp"),
     (r"does not currently support double backward", "compiled code has no double backward"),
+    (
+        r"SymIntArrayRef expected|NestedTensorImpl doesn't|aten\._(nested|has_same_storage_numel)",
+        "an op of nested tensors has no such derivative",
+    ),
     (r"once_differentiable", "a custom autograd.Function is once_differentiable"),
 )
 
@@ -65,9 +73,27 @@ class explained(AbstractContextManager[None]):  # noqa: N801 (used like a functi
         for pattern, words in _HOPELESS:
             if re.search(pattern, str(error)):
                 raise NoDerivativeError(words) from error
-        reason = why_missing(error)
+        reason = why_missing(error) or _why_broken(error)
         if reason is not None:
             raise NoSecondDerivativeError(f"{self._strategy!r}: {reason}; {_HINT}") from error
+
+
+class explained_once(AbstractContextManager[None]):  # noqa: N801
+    """Say what to do where torch cannot differentiate even once."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any
+    ) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, _EXPLAINED):
+            return
+        reason = _why_broken(error)
+        if reason is not None:
+            raise NoDerivativeError(
+                f"{reason}, so that backward() of the loss fails as well; replace the op, or pad what is nested"
+            ) from error
 
 
 _EXPLAINED = (NoSecondDerivativeError, NoDerivativeError)
@@ -80,6 +106,20 @@ def why_missing(error: Exception) -> str | None:
         if found:
             return words.format(*found.groups())
     return None
+
+
+def _why_broken(error: BaseException) -> str | None:
+    """What torch says where a derivative of its own fails; None if the error is of another place."""
+    codes = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    if _engine_run_backward.__code__ not in codes or "memory" in str(error).lower():
+        return None
+    behind = codes[codes.index(_engine_run_backward.__code__) :]
+    if not all(code.co_filename.startswith(_TORCH) for code in behind):
+        return None  # a hook or a Function of the user's
+    return f"torch's derivative of an op fails ({str(error).partition(chr(10))[0]})"
+
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def check_graph(strategy: object, tensors: Iterable[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .base import (
     out_of_memory,
 )
 from .graphs import check_graph, explained
-from .rounding import FLOAT32_TOLERANCE, reordered, rounding
+from .rounding import FLOAT32_TOLERANCE, NOISE, reordered, rounding
 
 BATCHED_NUMEL = {"cpu": 2**15, "cuda": 2**21}
 """Columns are multiplied together where parameters and data have at most this many entries (by
@@ -162,7 +163,12 @@ class _DoubleBackward(LinearMap):
             single = self({name: v[0] for name, v in V.items()})
             if not all(t.isfinite().all() for t in single.values()):
                 return products  # not comparable, and somebody else's to tell
-            strategy.batches_columns = _agree({n: p[0] for n, p in products.items()}, single)
+            thirds = {name: v[0] / 3 for name, v in V.items()}
+            strategy.batches_columns = _agree(
+                {n: p[0] for n, p in products.items()},
+                single,
+                lambda: {n: 3 * p for n, p in self(thirds).items()},
+            )
             if not strategy.batches_columns:
                 warnings.warn(
                     f"{strategy!r}: columns are multiplied one by one, because together they gave "
@@ -199,12 +205,24 @@ class _DoubleBackward(LinearMap):
         )
 
 
-def _agree(product: Params, truth: Params) -> bool:
-    """Equal up to rounding in every entry; a wrong rule shows by more."""
+def _agree(product: Params, truth: Params, again: Callable[[], Params]) -> bool:
+    """Equal up to rounding in every entry, on its parameter's scale; a wrong rule shows by more.
+
+    ``again()`` is the truth rounded in another way, for parameters of which nothing else is left.
+    """
     tolerance = max(FLOAT32_TOLERANCE, reordered(rounding(truth.values())))
-    scale = max((float(t.abs().max()) for t in truth.values() if t.numel()), default=0.0)
-    return all(
-        float((product[n] - t).abs().max()) <= tolerance * scale
+    far = [
+        n
         for n, t in truth.items()
-        if t.numel()
+        if t.numel() and not _farthest(product[n], t) <= tolerance * float(t.abs().max())
+    ]
+    if not far:
+        return True
+    other = again()
+    return all(
+        _farthest(product[n], truth[n]) <= NOISE * _farthest(other[n], truth[n]) for n in far
     )
+
+
+def _farthest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,12 +41,38 @@ def reordered(eps: float) -> float:
     return 4 * math.cbrt(eps) ** 2
 
 
-def agree(result: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
-    """Whether the norm of the difference is at most ``tolerance`` times that of what is expected."""
+NOISE = 30
+"""So many times what another rounding of the same computation changes is still no difference."""
+
+
+def agree(
+    result: Iterable[Tensor],
+    expected: Iterable[Tensor],
+    tolerance: float,
+    again: Callable[[], Iterable[Tensor]] | None = None,
+) -> bool:
+    """Whether each tensor is what is expected, to ``tolerance`` of its own norm.
+
+    On one scale for all of them a small one could be anything. What is nothing but rounding has no
+    digits to compare: ``again()``, what is expected rounded in another way, tells how much that is.
+    """
     pairs = [(_wide(a), _wide(b)) for a, b in zip(result, expected, strict=True)]
-    error = math.hypot(*(float((a - b).norm()) for a, b in pairs))
-    size = math.hypot(*(float(b.norm()) for _, b in pairs))
-    return error <= tolerance * size
+    off = [float((a - b).norm()) for a, b in pairs]
+    far = [i for i, (_, b) in enumerate(pairs) if not off[i] <= tolerance * float(b.norm())]
+    if not far or again is None:
+        return not far
+    others = [_wide(t) for t in again()]
+    return all(off[i] <= NOISE * float((others[i] - pairs[i][1]).norm()) for i in far)
+
+
+def nudged(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The nearest point but one: each entry moved by a rounding error, up or down."""
+    generator = torch.Generator().manual_seed(1)
+    moved = {}
+    for name, p in params.items():
+        signs = 2 * torch.randint(2, p.shape, generator=generator) - 1
+        moved[name] = p.detach() * (1 + torch.finfo(p.dtype).eps * signs.to(p))
+    return moved
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ def by_hand(out: Tensor, y: Tensor) -> Tensor:
     return pooled.square().mean() + (out - y).square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:batches are weighted by")
 @pytest.mark.parametrize("linearize", [False, True])
 def test_where_the_first_strategy_fails_the_pass_begins_anew_with_the_next(linearize: bool) -> None:
     H: Any = HessianOperator(mlp(), segments, DATA)

@@ -163,7 +163,7 @@ COUPLED: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings(f"ignore:.*{ADVICE}")
+@pytest.mark.filterwarnings(f"ignore:.*{ADVICE}|batches are weighted by")
 @pytest.mark.parametrize("average", [SAMPLES, BATCHES], ids=repr)
 @pytest.mark.parametrize("name", COUPLED)
 def test_batches_whose_samples_see_each_other_stay_apart(name: str, average: Average) -> None:

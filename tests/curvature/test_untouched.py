@@ -104,6 +104,7 @@ def test_an_exception_leaves_everything_as_it_was(where: str, mode: Any) -> None
     assert changed(before, seen(model)) == []
 
 
+@pytest.mark.filterwarnings("ignore:batches are weighted by")  # they see each other
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
 def test_a_failing_backward_pass_leaves_everything_as_it_was(strategy: Any) -> None:
     class Failing(torch.autograd.Function):

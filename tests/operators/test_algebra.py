@@ -70,7 +70,8 @@ def test_print_shows_the_tree() -> None:
 def test_a_low_rank_operator_of_one_factor_is_symmetric() -> None:
     U, s = entries(4, 2), torch.ones(2, dtype=torch.float64)
     assert LowRank(U, s, U).symmetric
-    assert not LowRank(U, s, U.clone()).symmetric  # as far as anyone has said
+    assert LowRank(U, s, U.clone()).symmetric  # W equals U
+    assert not LowRank(U, s, U + 1e-12).symmetric
 
 
 def test_an_operator_without_parts_prints_as_its_repr() -> None:

@@ -413,6 +413,21 @@ def removable() -> Iterator[Case]:
         lambda x, b: torch.native_layer_norm(x, [6], None, b, 1e-5)[0],
         [X, T[0]],
     )
+    gaps = X * torch.tensor([1, 1, 0, 1])[:, None]
+    for spelling in ("torch.renorm", "Tensor.renorm", "Tensor.renorm_"):
+        row = getattr(torch.Tensor if "Tensor" in spelling else torch, spelling.split(".")[1])
+        yield Case(spelling, row, lambda x, row=row: row(x * 1, 2, 0, 2.0), [gaps])
+    for spelling in ("torch.index_reduce", "Tensor.index_reduce", "Tensor.index_reduce_"):
+        row = getattr(torch.Tensor if "Tensor" in spelling else torch, spelling.split(".")[1])
+        for reduce in ("prod", "mean", "amax"):
+            yield Case(
+                f"{spelling} {reduce}",
+                row,
+                lambda x, y, row=row, reduce=reduce: row(
+                    x * 1, 0, LABELS % 4, y, reduce, include_self=reduce != "mean"
+                ),
+                [gaps, T] if reduce == "prod" else [X, T],
+            )
     triangle = randn(4, 4) + 3 * torch.eye(4, dtype=torch.float64)
     for row in (torch.triangular_solve, torch.Tensor.triangular_solve):
         for transpose in (True, False):
@@ -517,6 +532,7 @@ both_ways = pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: pro
 # Entering a dual level for the first time compiles decompositions with torch.jit.script.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:index_reduce.* is in beta:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:.*(nuclear_norm|triangular_solve) is deprecated:UserWarning"
     ),

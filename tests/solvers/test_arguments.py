@@ -107,7 +107,9 @@ def test_a_preconditioner_that_does_not_fit_is_refused(name: str) -> None:
         solve(A, b, preconditioner=Dense(normal(6, 6)))
     with pytest.raises(TypeError, match=r"preconditioner of dtype torch\.float64"):
         solve(A, b, preconditioner=Identity(6, dtype=torch.float32))
-    with pytest.raises(TypeError, match=r"preconditioner as an hvpop\.LinearOperator, got Tensor"):
+    with pytest.raises(
+        TypeError, match=r"preconditioner expects an hvpop\.LinearOperator, got Tensor; wrap"
+    ):
         solve(A, b, preconditioner=torch.eye(6, dtype=F64))
 
 

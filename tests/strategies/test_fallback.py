@@ -15,6 +15,10 @@ from hvpop.strategies import FirstThatWorks, NoSecondDerivativeError
 
 from .problems import error, hessian, random, small
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:batches are weighted by"
+)  # losses that are no means
+
 
 def segments(out: Tensor, y: Tensor) -> Tensor:
     """A loss with an op that has no double backward."""
@@ -34,8 +38,7 @@ def test_the_default_falls_back_once_and_says_why() -> None:
     v = random(26)
     with pytest.warns(UserWarning, match="no double backward") as record:
         first = H @ v
-    assert len(record) == 1
-    message = str(record[0].message)
+    (message,) = (str(w.message) for w in record if "no double backward" in str(w.message))
     assert "the op _segment_reduce_backward has no double backward" in message
     assert "using FiniteDifference() for this operator instead" in message
     second, block = H @ v, H @ random(26, 2)  # warnings are errors here
@@ -53,7 +56,7 @@ def test_a_linearized_operator_falls_back_too() -> None:
         UserWarning, match="_segment_reduce_backward has no double backward"
     ) as record:
         product = A @ v
-    assert len(record) == 1
+    assert sum("no double backward" in str(w.message) for w in record) == 1
     assert error(product, hessian(None, by_hand) @ v) < 1e-6
     assert torch.equal(A @ v, product)
     assert A.report().strategy == "FiniteDifference()"

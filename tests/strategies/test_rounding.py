@@ -56,13 +56,22 @@ def test_float32_on_a_gpu_is_as_precise_as_the_user_lets_it_be(precision: Any) -
     assert rounding([numbers(torch.float64, "cuda")]) == eps(torch.float64)
 
 
-def test_agreement_is_of_norms_over_all_tensors() -> None:
-    expected = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]  # of norm 5
+def test_each_tensor_agrees_on_its_own_scale() -> None:
+    expected = [torch.tensor([3.0, 4.0]), torch.tensor([[4e-9]])]  # of norm 5, and small
     found = [t.clone() for t in expected]
-    found[0][1] = 5e-3
+    found[0][1] += 5e-3
     assert agree(found, expected, 1.001e-3)
     assert not agree(found, expected, 0.999e-3)
-    assert not agree([expected[0], torch.tensor([[torch.nan]])], expected, 1e-3)
+    found[1] *= 1.002
+    assert not agree(found, expected, 1.001e-3)
+
+
+def test_what_is_nothing_but_rounding_agrees_as_far_as_rounding_repeats() -> None:
+    expected, found = [torch.tensor([2e-17])], [torch.tensor([-3e-17])]
+    assert agree(found, expected, 1e-3, lambda: [torch.tensor([1e-17])])
+    assert not agree(found, expected, 1e-3, lambda: [torch.tensor([2.0001e-17])])
+    nan = torch.tensor([torch.nan])
+    assert not agree([nan], expected, 1e-3, lambda: [torch.tensor([1e-17])])
 
 
 def test_half_precision_does_not_overflow() -> None:

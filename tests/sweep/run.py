@@ -34,7 +34,7 @@ def main() -> None:
             for line in swept(database, args.samples, args.names):
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                if line["verdict"].startswith(("wrong", "refused", "crashed", "unknown")):
+                if line["verdict"] in ("wrong", "refused", "crashed"):
                     print(_words(line), flush=True)
     if not args.names:
         from .table import write

@@ -81,6 +81,50 @@ def scatter_reduce_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     return result if result is None else input.copy_(result)
 
 
+def index_reduce(
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    source: Tensor,
+    reduce: str,
+    *,
+    include_self: bool = True,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    if out is not None or input.dim() == 0 or index.dim() != 1:
+        return None
+    if index.shape[0] != source.shape[dim] or source.dim() != input.dim():
+        return None
+    one = source.new_zeros(1)
+    torch.index_reduce(one, 0, index.new_zeros(1), one, reduce)  # warns, once
+    arguments = input, dim, _along(index, dim % input.dim(), source), source, reduce
+    result = scatter_reduce(*arguments, include_self=include_self)
+    if result is None:
+        result = torch.scatter_reduce(*arguments, include_self=include_self)
+    return result
+
+
+def index_reduce_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    result = index_reduce(input.clone(), *args, **kwargs)
+    return result if result is None else input.copy_(result)
+
+
+def renorm(
+    input: Tensor, p: float, dim: int, maxnorm: float, *, out: Tensor | None = None
+) -> Tensor | None:
+    if out is not None or input.dim() < 2 or p <= 0 or maxnorm < 0:
+        return None
+    others = [i for i in range(input.dim()) if i != dim % input.dim()]
+    long = torch.linalg.vector_norm(input.detach(), p, others, keepdim=True) > maxnorm
+    norm = torch.linalg.vector_norm(torch.where(long, input, 1), p, others, keepdim=True)
+    return input * torch.where(long, maxnorm / (norm + 1e-7), 1)
+
+
+def renorm_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    result = renorm(input.clone(), *args, **kwargs)
+    return result if result is None else input.copy_(result)
+
+
 def cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
     identity = torch.eye(input.shape[-1], dtype=input.dtype, device=input.device)
     return torch.cholesky_solve(identity.expand_as(input), input, upper=upper)
