@@ -131,8 +131,8 @@ class Lanczos(Task[Krylov]):
         T[:, j:] = C
         T[j:, :j] = C[:j].T
         T[j:, j:] = (C[j:] + C[j:].T) / 2
-        theta, S = torch.linalg.eigh(T)
-        norm = max(state.norm, -theta[0].item(), theta[-1].item())
+        theta, S = _eigen(T, self.which)
+        norm = max(state.norm, theta.abs().max().item())
         products = state.products + X.shape[1]
         X, coupling = self._next(F, Q, norm, products, fill=state.search is None)
         grown = replace(state, size=size, X=X, T=T, norm=norm, products=products)
@@ -143,7 +143,6 @@ class Lanczos(Task[Krylov]):
 
     def _ranked(self, state: Krylov, coupling: Tensor, theta: Tensor, S: Tensor) -> Krylov:
         """The Ritz pairs; measured, once their estimated residuals are small enough."""
-        theta, S = _sorted(theta, S, self.which)
         estimates = (coupling @ S[-coupling.shape[1] :]).norm(dim=0)
         worst = estimates[: self.k].max().item() if state.size >= self.k else torch.inf
         history = (*state.history, (state.products, worst))
@@ -240,8 +239,7 @@ class Lanczos(Task[Krylov]):
     def _searched(self, state: Krylov) -> Krylov:
         """After one step of the search: over, or back to finding what was missing."""
         assert state.search is not None
-        values, vectors = torch.linalg.eigh(state.T[self.k :, self.k :])
-        mu, Y = _sorted(values, vectors, self.which)
+        mu, Y = _eigen(state.T[self.k :, self.k :], self.which)
         missing = [i for i, value in enumerate(mu.tolist()) if self._enters(state, value)]
         if missing:
             return self._resumed(state, Y[:, missing[: self.block]])
@@ -261,8 +259,7 @@ class Lanczos(Task[Krylov]):
         if state.search is None:
             return state
         k, size = self.k, state.size
-        values, vectors = torch.linalg.eigh(state.T[k:, k:])
-        mu, Y = _sorted(values, vectors, self.which)
+        mu, Y = _eigen(state.T[k:, k:], self.which)
         S = torch.eye(size, dtype=torch.float64)
         S[k:, k:] = Y
         theta = torch.cat([state.theta[:k], mu])
@@ -469,8 +466,9 @@ _MISSED = 5e-3  # the probability that a search overlooks what is missing
 _RANDOM_PART = 1e-2  # of a warm start
 
 
-def _sorted(theta: Tensor, S: Tensor, which: Which) -> tuple[Tensor, Tensor]:
-    """Ascending values with their columns, the most wanted first."""
+def _eigen(T: Tensor, which: Which) -> tuple[Tensor, Tensor]:
+    """The eigenpairs of a small matrix, the most wanted first."""
+    theta, S = torch.linalg.eigh(T)
     order = _order(theta, which)
     return theta[order], S[:, order]
 
