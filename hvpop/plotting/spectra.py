@@ -64,10 +64,10 @@ def plot_density(
     ax.set_xlim(x[0], x[-1])
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("share of eigenvalues per unit (log scale)")
-    steps, count = density.nodes.shape
+    nodes, count = density.nodes.shape
     ax.set_title(
         f"Density of {counted(density.order, 'eigenvalue')} "
-        f"({counted(count, 'probe')}, {counted(steps, 'step')} each)"
+        f"({counted(count, 'probe')}, {counted(nodes, 'node')} each)"
     )
     ax.legend(frameon=False)
     return ax

@@ -21,7 +21,7 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, NotConverged, stacklevel=level - 1)
+    warnings.warn(message, NotConverged, stacklevel=level)
 
 
 def cure(status: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, arguments, measured
 from . import checks, convergence
 
 
@@ -75,4 +75,5 @@ class Direct:
         if int(info) or bool((LU.diagonal() == 0).any()):
             raise ValueError(f"Direct: {A!r} is singular; damp it, or use lsmr")
         self._LU, self._pivots, self._of = LU, pivots, A
-        self._size = float(torch.linalg.matrix_norm(dense))
+        unit = measured.unit(dense)
+        self._size = unit * float(torch.linalg.matrix_norm(dense / unit))

@@ -45,7 +45,9 @@ def spectral_density(
         Sample until the area of the upper half of the band is at most this; the area under the
         density is one.
     max_products, block, seed, progress, checkpoint
-        As for `trace`; a probe costs ``steps`` products, and ``block`` probes go side by side.
+        As for `trace`; a probe costs ``steps`` products, and ``block`` probes go side by side. A
+        budget of ``n`` without ``rtol``, or with one that would take as many, gives all eigenvalues, for
+        ``n`` products and the memory of as many vectors.
 
     Returns
     -------

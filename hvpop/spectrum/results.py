@@ -107,17 +107,19 @@ class Density:
     standard_error: Tensor  # (g,)
     low: Tensor  # (g,), the pointwise 95 % confidence band
     high: Tensor  # (g,)
-    nodes: Tensor  # (steps, probes), where the quadrature of each probe sits ...
-    weights: Tensor  # (steps, probes), ... and how much it puts there; columns sum to one
+    nodes: (
+        Tensor  # (m, probes), where the quadrature of each probe sits, or (n, 1), all eigenvalues
+    )
+    weights: Tensor  # as nodes, how much it puts there; columns sum to one
     width: float
     order: int  # n, the number of eigenvalues
     products: int
     status: Status
 
     def __repr__(self) -> str:
-        steps, probes = self.nodes.shape
+        nodes, probes = self.nodes.shape
         return (
             f"<density of {counted(self.order, 'eigenvalue')} from {self.grid[0].item():.4g} to "
-            f"{self.grid[-1].item():.4g}, {counted(probes, 'probe')} of {counted(steps, 'step')}, "
+            f"{self.grid[-1].item():.4g}, {counted(probes, 'probe')} of {counted(nodes, 'node')}, "
             f"{counted(self.products, 'product')}, {self.status}>"
         )

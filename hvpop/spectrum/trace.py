@@ -49,10 +49,13 @@ def trace(
         Sample until the half-width of the 95 % interval is at most ``rtol |trace|``; None spends
         the budget.
     max_products : int
-        The budget.
+        The budget. Never more than ``n`` are taken: where sampling would take as many, and the budget
+        allows it, the rest of the matrix is multiplied out, and the answer exact.
     block : int
         Probes a round; a round is one block product for "hutchinson", two for the others.
-    seed, progress, checkpoint
+    seed : int or torch.Generator
+        Equal ones give equal numbers.
+    progress, checkpoint
         As for `eigsh`.
     data_error : bool
         Tell by the spread over batches (`LinearOperator.batch_forms`) how far the trace may be
@@ -66,6 +69,11 @@ def trace(
         ``status`` is "converged", "max products" or "interrupted". The interval is Student's t. The
         leave-one-out samples of XTrace share their sketch and are therefore correlated: their
         covariance is estimated, too, without bias, from leaving out pairs of probes.
+
+    Raises
+    ------
+    FloatingPointError
+        If a product is not finite.
 
     Examples
     --------

@@ -9,14 +9,19 @@ import torch
 
 from hvpop import Dense
 from hvpop.solvers import (
+    Direct,
+    Inverse,
     NotConverged,
     SolveResult,
     Step,
+    block_cg,
     cg,
+    jacobi,
     lsmr,
     matrix_function,
     minres,
     multishift_cg,
+    nystrom,
     steihaug,
 )
 
@@ -140,3 +145,80 @@ def test_functions_report_an_overflow_and_do_not_converge_on_it() -> None:
         matrix_function(A, lambda t: t * t).evaluate(normal(N))
     with pytest.warns(NotConverged, match="max steps"):
         matrix_function(A, "sign", max_steps=1) @ normal(N)
+
+
+def _positive(scale: float, dtype: torch.dtype) -> Dense:
+    return Dense((scale * dense(powers(-1.5, 30)).matrix).to(dtype), symmetric=True)
+
+
+MULTIPLES: dict[str, Callable[[Dense, torch.Tensor, float], torch.Tensor]] = {
+    "cg": lambda A, b, s: cg(A, b).x,
+    "cg, started": lambda A, b, s: cg(A, b, x0=0.1 * b / s).x,
+    "cg, nystrom": lambda A, b, s: cg(A, b, preconditioner=nystrom(A, 8, 0.03 * s)).x,
+    "cg, jacobi": lambda A, b, s: cg(A, b, preconditioner=jacobi(A)).x,
+    "minres": lambda A, b, s: minres(A, b).x,
+    "minres, started": lambda A, b, s: minres(A, b, x0=0.1 * b / s).x,
+    "minres, jacobi": lambda A, b, s: minres(A, b, preconditioner=jacobi(A)).x,
+    "block_cg": lambda A, b, s: block_cg(A, b).x,
+    "lsmr": lambda A, b, s: lsmr(A, b).x,
+    "multishift_cg": lambda A, b, s: multishift_cg(A, b, [0.1 * s, s]).x[0],
+    "steihaug, inside": lambda A, b, s: steihaug(A, b, 1e4 / s, rtol=1e-4).step,
+    "steihaug, boundary": lambda A, b, s: steihaug(A, b, 1e-1 / s).step,
+    "inverse": lambda A, b, s: Inverse(A) @ b,
+    "direct": lambda A, b, s: Inverse(A, solve=Direct()) @ b,
+    "invsqrt": lambda A, b, s: matrix_function(A, "invsqrt", rtol=1e-4) @ b,
+    "sqrt": lambda A, b, s: matrix_function(A, "sqrt", rtol=1e-4) @ b,
+    "sign": lambda A, b, s: matrix_function(A, "sign", rtol=1e-4) @ b,
+    "jacobi": lambda A, b, s: jacobi(A).d,
+    "nystrom": lambda A, b, s: nystrom(A, 8, 0.03 * s).eigenvalues,
+}
+POWERS = {"invsqrt": -0.5, "sqrt": 0.5, "sign": 0.0, "nystrom": 1.0}  # of the scale; else -1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        *[(F32, s) for s in (1e-30, 1e-22, 1e-12, 1e12, 1e19, 1e30)],
+        (F64, 2.0**-660),
+        (F64, 2.0**660),
+    ],
+)
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_the_answer_for_a_multiple_of_the_operator(
+    name: str, dtype: torch.dtype, scale: float
+) -> None:
+    b = normal(30).to(dtype)
+    one = MULTIPLES[name](_positive(1.0, dtype), b, 1.0).double()
+    other = MULTIPLES[name](_positive(scale, dtype), b, scale).double()
+    other = other / scale ** POWERS.get(name, -1.0)
+    # rtol 1e-5 of the residual and a condition of 10^1.5, squared in lsmr
+    allowed = 2e-5 * 10 ** (3 if name == "lsmr" else 1.5) * float(one.norm())
+    torch.testing.assert_close(other, one, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e19])
+def test_least_squares_and_its_damping_at_any_scale(scale: float) -> None:
+    M, b = normal(40, 20), normal(40)
+    for damping in (0.0, 0.5):
+        A = Dense((scale * M).float())
+        found = lsmr(A, (scale * b).float(), damping=damping * scale**2, rtol=1e-4)
+        exact = torch.linalg.solve(M.T @ M + damping * torch.eye(20, dtype=F64), M.T @ b)
+        assert found.converged
+        torch.testing.assert_close(found.x.double(), exact, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("solve", [cg, block_cg, minres, lsmr])
+def test_no_tolerance_ends_where_rounding_does(solve: Callable[..., SolveResult]) -> None:
+    """Condition 2: each step takes at least a factor of 5 off, so that 25 leave less than rounding."""
+    A, b = Dense(torch.diag(torch.linspace(1, 2, 100, dtype=F64)), symmetric=True), normal(100)
+    for B in (b, normal(100, 3)):
+        result = solve(A, B, rtol=0.0)
+        assert set(result.status) == {"stagnated"}
+        assert result.steps <= 50
+        assert float(result.residual_norms.max()) <= 1e-13 * float(B.norm())
+
+
+def test_a_function_that_overflows_is_no_answer() -> None:
+    A = _positive(1e30, F32)
+    with pytest.raises(FloatingPointError, match=r"larger than torch\.float32 holds"):
+        matrix_function(A, "abs", rtol=1e-3) @ (1e30 * normal(30)).float()
