@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Reading:
             tuple,
             list,
         ):  # the usual case, at a tenth of the cost
-            sizes = {t.shape[0] if type(t) is Tensor and t.ndim else None for t in batch}
+            sizes = {t.size(0) if type(t) is Tensor and t.ndim else None for t in batch}
             if len(sizes) == 1 and None not in sizes:
                 return sizes.pop()
         return next((n for n in self._candidates(batch) if self._fits(batch, n)), None)
@@ -74,7 +74,7 @@ class Reading:
             yield from dict.fromkeys(_lengths(batch, top=True))
         else:
             yield from dict.fromkeys(
-                a.shape[self.dims[0]] for a in arrays_inside(batch) if a.ndim > self.dims[0]
+                _size(a, self.dims[0]) for a in arrays_inside(batch) if a.ndim > self.dims[0]
             )
 
     def _expected(self, batch: Any) -> int:
@@ -112,6 +112,9 @@ class Reading:
         def replace(node: Any) -> Any:
             if isinstance(node, PackedSequence):
                 _require(int(node.batch_sizes[0]) == n)
+                return function(node, 0)
+            if _is_nested(node):
+                _require(node.size(0) == n)
                 return function(node, 0)
             if isinstance(node, Tensor | np.ndarray) and node.ndim > 0:
                 dim = next((d for d in self.dims if d < node.ndim and node.shape[d] == n), None)
@@ -162,7 +165,7 @@ def samples_in(batch: Any, telling: Any = None) -> float:
         return float(len(part))
     for array in arrays_in(part):
         if array.ndim > 0:
-            return float(array.shape[0])
+            return float(_size(array, 0))
     if hasattr(part, "__len__") and not isinstance(part, Tensor | np.ndarray):
         return float(len(part))
     raise ValueError(
@@ -198,8 +201,22 @@ def _lengths(node: Any, *, top: bool = False) -> Iterator[int]:
             yield from _lengths(item)
 
 
+def _is_nested(node: Any) -> bool:
+    return isinstance(node, Tensor) and node.is_nested
+
+
+def _size(array: Tensor | np.ndarray, dim: int) -> int:
+    return array.size(0) if isinstance(array, Tensor) and array.is_nested else array.shape[dim]
+
+
+def _nested(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.nested.as_nested_tensor(list(parts), layout=like.layout)
+
+
 def _kind(piece: Any, dim: int) -> Any:
     """What two pieces must have in common to be put together."""
+    if _is_nested(piece):
+        return dim, piece.dtype, piece.layout
     if isinstance(piece, Tensor | np.ndarray):
         return dim, piece.dtype, *(s for d, s in enumerate(piece.shape) if d != dim)
     return type(piece)
@@ -208,10 +225,14 @@ def _kind(piece: Any, dim: int) -> Any:
 def _cut(piece: Any, dim: int, rows: slice) -> Any:
     if isinstance(piece, PackedSequence):
         return pack_sequence(unpack_sequence(piece)[rows], enforce_sorted=False)
+    if _is_nested(piece):
+        return _nested(piece.unbind()[rows], piece)
     return piece[(slice(None),) * dim + (rows,)] if dim else piece[rows]
 
 
 def _put_together(first: Any, second: Any, dim: int) -> Any:
+    if _is_nested(first):
+        return _nested([*first.unbind(), *second.unbind()], first)
     if isinstance(first, Tensor):
         return torch.cat([first, second], dim)
     if isinstance(first, np.ndarray):

@@ -409,8 +409,10 @@ def _look(batch: Any) -> Any:
 def _glance(array: Tensor | np.ndarray) -> Any:
     if isinstance(array, Tensor):
         version = 0 if array.is_inference() else array._version
-        place: Any = id(array), version, tuple(array.shape)
+        place: Any = id(array), version, _shape(array)
         if array.device.type != "cpu" or array.layout is not torch.strided or array.requires_grad:
+            return place
+        if array.is_nested:
             return place
         if array.nbytes > SMALL or array.dtype is torch.bfloat16:
             return place
@@ -421,7 +423,14 @@ def _glance(array: Tensor | np.ndarray) -> Any:
 
 
 def _shapes(batch: Any) -> tuple[Any, ...]:
-    return tuple(tuple(a.shape) for a in arrays_inside(batch))
+    return tuple(map(_shape, arrays_inside(batch)))
+
+
+def _shape(array: Tensor | np.ndarray) -> tuple[Any, ...]:
+    nested = (
+        isinstance(array, Tensor) and array.is_nested
+    )  # those are of no shape, or a new one each
+    return (len(array),) if nested else tuple(array.shape)
 
 
 def _checked(weight: Any) -> float:

@@ -50,6 +50,41 @@ def test_arrays_of_every_kind_multiply(kind: str) -> None:
     assert np.allclose(S.matvec(np.asarray(array)[:, 1]), M @ plain[:, 1], atol=1e-13)
 
 
+RECORDS = np.zeros(4, dtype=[("tag", "i4"), ("value", "f8")])  # fields 12 bytes apart
+RECORDS["value"] = BASE[:, 1]
+UNALIGNED = np.zeros(33, dtype=np.uint8)[1:].view(np.float64)
+UNALIGNED[:] = BASE[:, 1]
+VECTORS: dict[str, Any] = {
+    "negative stride": BASE[::-1, 1],
+    "one column, negative stride": BASE[:, 1:2][:, ::-1],
+    "one column, both negative": BASE[:, 1:2][::-1, ::-1],
+    "one column of a matrix": BASE[:, 1:2],
+    "broadcast": np.broadcast_to(2.0, (4,)),
+    "field of records": RECORDS["value"],
+    "not aligned": UNALIGNED,
+    "read-only": read_only(BASE[:, 1]),
+    "big-endian": BASE[:, 1].astype(">f4"),
+}
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+def test_vectors_of_every_stride_multiply(kind: str) -> None:
+    x = VECTORS[kind]
+    plain = np.array(x, dtype=np.float64)
+    M = S.to_dense().numpy()
+    assert np.allclose(S @ x, M @ plain, atol=1e-13)
+    assert np.allclose(S.rmatvec(x), M.T @ plain, atol=1e-13)
+    assert np.allclose(S @ (x + 0j)[::-1], M @ plain[::-1], atol=1e-13)
+    entries = plain.reshape(-1)
+    assert np.allclose(Diagonal(x.reshape(-1)) @ np.ones(4), entries, atol=0)
+
+
+def test_a_single_number_of_any_stride_multiplies() -> None:
+    two = Dense(np.array([[2.0]])[::-1, ::-1])
+    for x in (np.ones(1)[::-1], np.ones((1, 1))[::-1, ::-1], np.ones((3, 2))[::3, ::-2]):
+        assert (two @ x).item() == 2
+
+
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_arrays_of_every_kind_make_operators(kind: str) -> None:
     array = ARRAYS[kind]

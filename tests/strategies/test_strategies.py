@@ -231,3 +231,32 @@ def test_a_strategy_shows_what_it_is(strategy: type[HVPStrategy]) -> None:
 def test_all_strategies_agree_with_the_default(strategy: type[HVPStrategy]) -> None:
     V = random(26, 3)
     assert error(hessian(strategy()) @ V, hessian(None) @ V) < TOLERANCE[strategy]
+
+
+def test_columns_go_one_by_one_where_a_batching_rule_fails_in_any_way() -> None:
+    class Failing(torch.autograd.Function):
+        """The cube of a number, whose second derivative is written for one column only."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            if torch._C._functorch.is_legacy_batchedtensor(g):
+                raise KeyError("one column only")
+            return 3 * x**2 * g
+
+    functions = {
+        "unfold": lambda p: (p["w"][0].unfold(0, 1, 1) ** 3).sum() + (p["w"] ** 3)[1:].sum(),
+        "function": lambda p: Failing.apply(p["w"]).sum(),
+    }
+    w = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    V = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for function in functions.values():
+        strategy = ReverseOverReverse()
+        product = strategy.linearize(function, {"w": w}).columns({"w": V})["w"]
+        torch.testing.assert_close(product, 6 * w * V)
+        assert strategy.batches_columns is False
