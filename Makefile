@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 KERNELS := kernels-sse42 kernels-avx2 kernels-any-cpu kernels-threads
 
-.PHONY: demo test lint bench docs clean kernels $(KERNELS)
+.PHONY: demo test lint bench sweep docs clean kernels $(KERNELS)
 
 demo: .venv/examples
 	$(BIN)/python examples/digits.py
@@ -43,6 +43,9 @@ lint: .venv/dev
 
 bench: .venv/peers
 	$(BIN)/python tests/benchmarks/run.py
+
+sweep: .venv/sweep
+	$(BIN)/python -m tests.sweep.run
 
 docs: .venv/dev
 	$(BIN)/python -m pytest tests/test_documentation.py

@@ -427,10 +427,9 @@ def _shapes(batch: Any) -> tuple[Any, ...]:
 
 
 def _shape(array: Tensor | np.ndarray) -> tuple[Any, ...]:
-    nested = (
-        isinstance(array, Tensor) and array.is_nested
-    )  # those are of no shape, or a new one each
-    return (len(array),) if nested else tuple(array.shape)
+    if isinstance(array, Tensor) and array.is_nested:  # of no shape, or of a new one each
+        return (array.size(0),)
+    return tuple(array.shape)
 
 
 def _checked(weight: Any) -> float:

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 from torch.utils import _pytree as pytree
 
 Call = Callable[..., Any]
@@ -69,6 +67,8 @@ COARSE = ("bfloat16", "half", "float", "chalf", "cfloat")
 
 
 def ops() -> list[Any]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
     exact = [op for op in op_db if op.supports_autograd and op.name not in COARSE]
     return [op for op in exact if torch.float64 in op.supported_dtypes("cpu")]
 
@@ -124,6 +124,8 @@ def _problem(
 
 
 def layers() -> list[Any]:
+    from torch.testing._internal.common_modules import module_db
+
     return [info for info in module_db if torch.float64 in info.supported_dtypes("cpu")]
 
 
