@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from numbers import Integral
 from typing import Any
 
@@ -70,15 +70,25 @@ def generators_in(modules: Iterable[nn.Module]) -> list[Any]:
     found = {}
     for module in modules:
         for value in vars(module).values():
-            if isinstance(value, _KINDS):
+            if _generates(type(value)):
                 found[id(value)] = value
-            elif type(value) in (list, tuple, dict) and value:
+            elif value and type(value) in (list, tuple, dict):
                 items = value.values() if isinstance(value, dict) else value
-                found |= {id(item): item for item in items if isinstance(item, _KINDS)}
+                found |= {id(item): item for item in items if _generates(type(item))}
     return list(found.values())
 
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _generates(kind: Any) -> bool:
+    """Whether objects of a class are generators, which torch takes long to say of its own."""
+    return _is_kind(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_kind(kind: Any) -> bool:
+    return issubclass(kind, _KINDS)
 
 
 def beside_torch() -> tuple[Any, ...]:

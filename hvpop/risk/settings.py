@@ -7,6 +7,7 @@ import random
 import types
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,15 @@ _OPAQUE = (
     random.Random,
 )
 """What is what it is as long as it is the same: parameters and random states change, and are none."""
+
+
+def _is_opaque(kind: Any) -> bool:
+    return _is_of_these(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_of_these(kind: Any) -> bool:
+    return issubclass(kind, _OPAQUE)  # which torch takes long to say of its generators
 
 
 class _Same:
@@ -83,11 +93,11 @@ class _Walk:
     def _within(self, thing: Any) -> Any:
         if isinstance(thing, type) and not _is_torchs(thing):
             return _Same(thing), self._named(_data_of(thing))
-        if isinstance(thing, Tensor) and not isinstance(thing, _OPAQUE):
+        if isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter):
             return _Same(thing), *_tensor(thing)
         if isinstance(thing, np.ndarray | np.generic):
             return type(thing), str(thing.dtype), np.shape(thing), _bytes(thing)
-        if isinstance(thing, _OPAQUE):
+        if _is_opaque(type(thing)):
             return _Same(thing)
         if isinstance(thing, types.FunctionType):
             return _Same(thing), self._named(_read_by(thing))
@@ -201,7 +211,7 @@ def _own_items(items: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
 
 def _own(thing: Any, memo: dict[int, Any]) -> Any:
     """A copy of what is plain data, however nested; anything else itself."""
-    if isinstance(thing, (*_SCALARS, types.FunctionType, nn.Module, *_OPAQUE)):
+    if isinstance(thing, (*_SCALARS, types.FunctionType, nn.Module)) or _is_opaque(type(thing)):
         return thing
     if id(thing) in memo:
         return memo[id(thing)]

@@ -62,6 +62,7 @@ class Weigher:
         self._watch = DivisorWatch()
         self._proof: _Proof | None = None
         self._warned = False
+        self._ruled = average.weight is not None  # as far as a pass has shown
         self._evaluated = self._reached = False
 
     def weighed(
@@ -70,6 +71,7 @@ class Weigher:
         """Batches with their weights, from pairs: as the user holds them (or None), and as they are used."""
         self._evaluated = self._reached = False
         rule = self._average.weight or rule_of(self._batch_loss, model)
+        self._ruled = rule is not None
         if rule is not None:
             for _, batch in batches:
                 yield batch, _checked(rule(batch))
@@ -97,7 +99,7 @@ class Weigher:
     @property
     def table(self) -> Table:
         """What watches the loss, for `hvpop.interception`."""
-        known = self._average.weight is not None or guesses_of(self._batch_loss) is not None
+        known = self._ruled or guesses_of(self._batch_loss) is not None
         return {} if known else self._watch.table
 
     def observe(self, value: Tensor, params: dict[str, Tensor]) -> None:

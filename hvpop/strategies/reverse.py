@@ -65,13 +65,14 @@ class ReverseOverReverse(HVPStrategy):
     ) -> LinearMap:
         with grad_enabled(), explained(self):
             point = leaves(params, differentiable=differentiable)
-            with at(fn, point, *args), ungraded(fn, point):
-                loss = fn(point, *args)
-                gradient: tuple[Tensor | None, ...] = (None,) * len(point)
-                if loss.requires_grad:
-                    gradient = torch.autograd.grad(
-                        loss, list(point.values()), create_graph=True, allow_unused=True
-                    )
+            with ungraded(fn, point):
+                with at(fn, point, *args):
+                    loss = fn(point, *args)
+                    gradient: tuple[Tensor | None, ...] = (None,) * len(point)
+                    if loss.requires_grad:
+                        gradient = torch.autograd.grad(
+                            loss, list(point.values()), create_graph=True, allow_unused=True
+                        )
                 refuse_hidden(self, fn, point, loss)
         linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
         linear.looks = bool(
