@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
-from ..risk.merging import concatenated, fit_together
+from ..risk.merging import concatenated, form_of
 from ..strategies import FiniteDifference, HVPStrategy, Params
 from ..strategies.rounding import agree, nudged, reordered, rounding
 from .memory import graph_bytes
@@ -56,13 +56,15 @@ class LiveJoin:
             if len(first) == 2 and self._bytes_per_entry is None:
                 self._bytes_per_entry = self._proven(first, point, state)
             group: list[Term] = []
-            filled = 0.0
+            filled, form = 0.0, None
             while term := first.pop(0) if first else next(terms, None):
                 size = (self._bytes_per_entry or 0.0) * _entries(term)
                 apart = self._bytes_per_entry is None or filled + size > LIVE_BYTES
-                if group and (apart or not fit_together(group[0], term)):
+                own = form_of(term)
+                if group and (apart or own != form):
                     yield _as_one(group)
                     group, filled = [], 0.0
+                form = own
                 group.append(term)
                 filled += size
             if group:
