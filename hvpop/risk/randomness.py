@@ -72,7 +72,7 @@ def generators_in(modules: Iterable[nn.Module]) -> list[Any]:
         for value in vars(module).values():
             if _generates(type(value)):
                 found[id(value)] = value
-            elif value and type(value) in (list, tuple, dict):
+            elif type(value) in (list, tuple, dict):
                 items = value.values() if isinstance(value, dict) else value
                 found |= {id(item): item for item in items if _generates(type(item))}
     return list(found.values())
