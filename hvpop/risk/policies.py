@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._functorch import utils as functorch_utils
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
@@ -99,11 +100,14 @@ class FunctionsWatched(_Patches):
             self._patch(torch.autograd.Function, "apply", classmethod(_apply))
             if _UNWRAP is not None:
                 self._patch(functorch_utils, "unwrap_dead_wrappers", _unwrapped)
+            if _WRAP is not None:
+                self._patch(eager_transforms, "_wrap_for_grad", _wrapped)
             self._patch(BackwardCFunction, "apply", _backward)
             self._patch(saved_tensors_hooks, "__enter__", _saving)
 
 
 _APPLY: Any = vars(torch.autograd.Function)["apply"].__func__
+_WRAP: Any = getattr(eager_transforms, "_wrap_for_grad", None)
 _ENTER: Any = vars(saved_tensors_hooks)["__enter__"]
 _BACKWARD: Any = vars(BackwardCFunction)["apply"]
 _UNWRAP: Any = getattr(functorch_utils, "unwrap_dead_wrappers", None)
@@ -116,6 +120,11 @@ def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
 def _unwrapped(args: tuple[Any, ...]) -> Any:
     """Part of ``apply``, also of one that was looked up before it was patched."""
     return _UNWRAP(stood_in(args))
+
+
+def _wrapped(tensor: Any, level: int) -> Any:
+    """What `torch.func` differentiates by it hides from every mode."""
+    return _WRAP(*stood_in((tensor,)), level)
 
 
 def _backward(ctx: Any, *args: Any) -> Any:

@@ -70,6 +70,8 @@ class explained(AbstractContextManager[None]):  # noqa: N801 (used like a functi
     ) -> None:
         if not isinstance(error, RuntimeError) or isinstance(error, _EXPLAINED):
             return  # NotImplementedError is a RuntimeError
+        if "KeyboardInterrupt" in str(error):  # TorchScript makes an error of it
+            raise KeyboardInterrupt from error
         for pattern, words in _HOPELESS:
             if re.search(pattern, str(error)):
                 raise NoDerivativeError(words) from error

@@ -282,3 +282,19 @@ def test_random_numbers_that_are_drawn_only_later_start_from_the_seed_too() -> N
     assert torch.equal(H @ v, first)
     assert torch.equal(first, HessianOperator(net, nn.MSELoss(), [(X, X)]) @ v)
     assert (np.random.get_state()[1] == state).all()  # type: ignore[index,union-attr]
+
+
+def test_what_function_transforms_differentiate_by_is_the_point_too() -> None:
+    net = set_parameters(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double())
+    weight = net[0].weight
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        inner = torch.func.grad(lambda w: (X @ w.T).sin().square().mean())(weight)
+        return F.mse_loss(out, y) + inner.square().sum()
+
+    v = random(sum(p.numel() for p in net.parameters()))
+    A = HessianOperator(net, loss, [(X, Y)]).linearize()
+    expected = truth(net, v, lambda: loss(net(X), Y))
+    with torch.no_grad():
+        weight.mul_(0.5)
+    assert error(A @ v, expected) < DIFFERENCE
