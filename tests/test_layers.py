@@ -15,7 +15,7 @@ LAYERS = {
     3: ("distributed", "functional", "plotting"),
     2: ("curvature", "solvers", "spectrum"),
     1: ("operators", "strategies", "risk"),
-    0: ("interception",),
+    0: ("graph", "interception"),
     -1: ("exchange",),
 }
 LEVEL = {part: level for level, parts in LAYERS.items() for part in parts}

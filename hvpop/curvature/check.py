@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..exchange import Entered
 from ..strategies import FiniteDifference, ForwardOverReverse, HVPStrategy, ReverseOverReverse
 from ..strategies.base import grad_enabled
 from .examination import Examination, admitted
@@ -34,7 +35,8 @@ def check(H: HessianOperator, batches: int | None = 1) -> CheckResult:
 
     See `HessianOperator.check`.
     """
-    with warnings.catch_warnings(record=True) as warned, grad_enabled():
+    recording = Entered(warnings.catch_warnings(record=True))
+    with recording, grad_enabled():
         warnings.simplefilter("always")
         try:
             examination = admitted(H, batches)
@@ -47,7 +49,7 @@ def check(H: HessianOperator, batches: int | None = 1) -> CheckResult:
                 examination.note("wrong", what, _said(error))
             if examination.failed:
                 break  # what follows would only suffer from it
-    for warning in warned:
+    for warning in recording.value:
         if issubclass(warning.category, UserWarning):  # others are for those who write the code
             examination.note("note", "a warning", str(warning.message))
     return CheckResult(tuple(examination.findings), tuple(examination.timings))

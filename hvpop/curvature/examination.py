@@ -14,7 +14,7 @@ from ..risk import EmpiricalRisk, Term
 from ..strategies import FiniteDifference, FirstThatWorks, HVPStrategy, Params
 from ..strategies.fallback import settled
 from ..strategies.referee import norm
-from ..strategies.rounding import rounding
+from ..strategies.rounding import nudged, rounding
 from .diagnosis import culprit
 from .findings import Finding, Level, Timing
 from .referee import over_terms
@@ -89,16 +89,9 @@ class Examination:
 
     def noise(self, v: Tensor) -> float:
         """What rounding makes of a product, relative: how far those at two nearest points differ."""
-        one, other = (self._near(seed).products(self.strategy, v)[0] for seed in (3, 4))
+        near = [replace(self, point=nudged(self.point, seed)) for seed in (3, 4)]
+        one, other = (examination.products(self.strategy, v)[0] for examination in near)
         return float((other - one).norm() / one.norm().clamp_min(1e-300))
-
-    def _near(self, seed: int) -> Examination:
-        generator = torch.Generator().manual_seed(seed)
-        near = {
-            name: p + p * torch.finfo(p.dtype).eps * _signs(p, generator)
-            for name, p in self.point.items()
-        }
-        return replace(self, point=near)
 
     def probe(self, seed: int) -> Tensor:
         """A normal column, shape (n, 1)."""
@@ -136,10 +129,6 @@ class Examination:
     @property
     def _eps(self) -> float:
         return rounding(self.point.values())
-
-
-def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
-    return (2 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
 
 
 def admitted(H: HessianOperator, batches: int | None) -> Examination:

@@ -51,7 +51,7 @@ def batch_forms(
             risk.average.normalized,
         )
 
-    with grad_enabled(), risk.at(point, state):
+    with grad_enabled(), risk.place(point, state):
         found = settled(A.strategy, one_pass)
     if not found.values.isfinite().all():
         why = culprit(risk.terms(), point, state, A.strategy, columns)

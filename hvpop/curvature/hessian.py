@@ -210,7 +210,7 @@ class HessianOperator(LinearOperator):
         total = WeightedSum(self.risk.average.normalized)
         risk = self._risk_as_it_is()
         joined = self._join.terms(risk, point, state)
-        with grad_enabled(), risk.at(point, state), closing(joined) as terms:
+        with grad_enabled(), risk.place(point, state), closing(joined) as terms:
             for term in terms:
                 # No name for the map: its graph is gone before the next batch's is built.
                 total.add(

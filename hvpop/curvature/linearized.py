@@ -176,7 +176,7 @@ class LinearizedHessian(LinearOperator):
         prepared = self._preparation
         if prepared is not None and prepared.is_self_contained():
             return nullcontext()
-        return self.risk.at(self._point, self._state)
+        return self.risk.place(self._point, self._state)
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
         start = time.perf_counter()
@@ -192,7 +192,7 @@ class LinearizedHessian(LinearOperator):
             return
         if may_trace(self.strategy, self.risk):
             start = time.perf_counter()
-            with grad_enabled(), self.risk.at(self._point, self._state):
+            with grad_enabled(), self.risk.place(self._point, self._state):
                 prepared.trace(self._tracer)
             self._seconds += time.perf_counter() - start
 
@@ -226,7 +226,7 @@ class LinearizedHessian(LinearOperator):
     def _prepared(self) -> Preparation:
         if self._preparation is None:
             start = time.perf_counter()
-            with grad_enabled(), self.risk.at(self._point, self._state):
+            with grad_enabled(), self.risk.place(self._point, self._state):
                 self._preparation = settled(self.strategy, self._prepare)
             self._passes += 1
             self._seconds += time.perf_counter() - start

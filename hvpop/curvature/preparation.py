@@ -199,7 +199,7 @@ class Preparation:
             self.release()  # the estimate was wrong, or others took the memory
             return None
         if not self._kept_bytes:  # the first: is a trace still of the function?
-            getattr(linear, "verify", lambda: None)()
+            linear.verify()
         size = _bytes_held(linear, size)
         if self.bytes + size > self._budget:
             return None

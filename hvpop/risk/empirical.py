@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
 from .batches import Batches, to_device, usable
+from .description import Description
 from .fingerprint import Fingerprint
-from .function import Description, LossFunction, Tensors, Total
+from .function import LossFunction, Tensors, Total
 from .losses import BatchLoss, Loss, device_of, supervised
 from .modules import Inventory, Selection, kept, unwrapped
 from .randomness import checked_seed, seed_tensor
@@ -211,7 +212,7 @@ class EmpiricalRisk:
         """Whether the user holds all batches anyway, where they are needed."""
         return self._data.in_memory and self._moved == 0
 
-    def at(self, params: Tensors, state: Tensors) -> AbstractContextManager[None]:
+    def place(self, params: Tensors, state: Tensors) -> AbstractContextManager[None]:
         """The context of a whole product at a point, in which each evaluation finds what it needs."""
         return self.function.place(params, state)
 

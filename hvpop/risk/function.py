@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..exchange import Exchange, Ungraded, guarded
+from ..graph import backward, leaves_of
 from ..interception import Interception, Table
 from . import policies
+from .description import Description
 from .formulas.convolutions import CONVOLUTIONS
 from .formulas.recurrent import without_cudnn
 from .losses import BatchLoss, scalar
-from .modules import Inventory
-from .plain import CONVOLUTION_LAYERS, is_plain
 from .policies import WATCHED, FunctionsWatched, TwiceDifferentiable
 from .randomness import (
     GLOBAL,
     PrivateRNG,
     beside_torch,
-    generators_in,
     rewind,
     seed_all,
     torch_states,
 )
 from .rewrites import REWRITES, Rewrites
-from .settings import Snapshot, settings_of
+from .settings import Snapshot
 
 Tensors = dict[str, Tensor]
 
@@ -44,43 +42,6 @@ class Observer(Protocol):
     def table(self) -> Table: ...
 
     def observe(self, value: Tensor, params: Tensors) -> None: ...
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a model and its loss are at one pass over the data. All that is decided follows from it."""
-
-    roots: Mapping[str, nn.Module]
-    batch_loss: BatchLoss
-    inventory: Inventory = field(init=False)
-    plain: bool = field(init=False)  # of ordinary parts only, which need no policies
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inventory", Inventory(self.roots))
-        loss = getattr(self.batch_loss, "loss", None)
-        layers = [m for m in self.inventory.modules if m is not loss]
-        object.__setattr__(self, "plain", is_plain(layers, loss))
-
-    @cached_property
-    def convolves(self) -> bool:
-        """Whether there are layers that rewrites make faster."""
-        return any(isinstance(m, CONVOLUTION_LAYERS) for m in self.inventory.modules)
-
-    @cached_property
-    def generators(self) -> list[Any]:
-        """Sources of random numbers of the model's own."""
-        return generators_in(self.inventory.modules)
-
-    def settings(self) -> Any:
-        """All but the values of parameters and buffers: equal as long as nothing has been set."""
-        slots = [(key, name) for _, key, name in self.inventory.slots]
-        return slots, settings_of(*self.inventory.modules, self.batch_loss)
-
-    def snapshot(self) -> Snapshot:
-        """The settings, to be put in place again when the user has changed them."""
-        held = self.inventory
-        holders = [*held.modules, self.batch_loss, getattr(self.batch_loss, "loss", None)]
-        return Snapshot(holders, [*held.parameters.values(), *held.buffers.values()])
 
 
 class LossFunction:
@@ -241,21 +202,10 @@ class LossFunction:
 
 
 @dataclass(frozen=True)
-class Total:
-    """The weighted mean of the losses of some batches, as one function."""
+class OfLosses:
+    """A function that is made of a loss function, and needs what that one needs."""
 
     function: LossFunction
-
-    def __call__(
-        self,
-        params: Tensors,
-        state: Tensors,
-        weights: tuple[float, ...],
-        data: list[tuple[Any, Tensor]],
-    ) -> Tensor:
-        batches = zip(weights, data, strict=True)
-        losses = [w * self.function(params, state, *batch) for w, batch in batches]
-        return torch.stack(losses).sum() / sum(weights)
 
     def at(self, params: Tensors, state: Tensors, *data: Any) -> AbstractContextManager[None]:
         return self.function.at(params, state)
@@ -267,6 +217,21 @@ class Total:
     @property
     def plain(self) -> bool:
         return self.function.plain
+
+
+class Total(OfLosses):
+    """The weighted mean of the losses of some batches, as one function."""
+
+    def __call__(
+        self,
+        params: Tensors,
+        state: Tensors,
+        weights: tuple[float, ...],
+        data: list[tuple[Any, Tensor]],
+    ) -> Tensor:
+        batches = zip(weights, data, strict=True)
+        losses = [w * self.function(params, state, *batch) for w, batch in batches]
+        return torch.stack(losses).sum() / sum(weights)
 
 
 class _At(Exchange):
@@ -345,38 +310,11 @@ class _Seeded(Exchange):
         if not function.is_at(*self._point):
             self._enter(_At(function, *self._point))
         assert function._at is not None
-        self._enter(
-            function._at.interception()
-        )  # not around a whole product: it looks at every call
+        # Not around a whole product: every call of torch is looked at.
+        self._enter(function._at.interception())
         self._enter(PrivateRNG(function.generators))
         function.seed(self._seed)
 
 
 def _same(a: Tensors, b: Tensors) -> bool:
     return len(a) == len(b) and all(b.get(name) is tensor for name, tensor in a.items())
-
-
-def backward(loss: Tensor, leaves: Tensors) -> Tensors:
-    """What ``loss.backward()`` gives those of some tensors that it reaches; none keeps it."""
-    with Ungraded([*leaves.values(), *leaves_of(loss)]):  # what a loss closes over gets some, too
-        if loss.requires_grad:
-            loss.backward()
-        return {name: p.grad for name, p in leaves.items() if p.grad is not None}
-
-
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors in which the graph of a loss ends."""
-    found: list[Tensor] = []
-    stack: list[Any] = [loss.grad_fn]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.append(variable)
-        new = {parent for parent, _ in node.next_functions} - seen
-        seen |= new
-        stack += new
-    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .empirical import Term
-from .function import LossFunction
+from .function import OfLosses
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -65,11 +63,8 @@ def merged_weights(terms: Sequence[Term]) -> Tensor:
     return torch.tensor([term.weight for term in terms], dtype=torch.float64, device=first.device)
 
 
-@dataclass(frozen=True)
-class OverBatches:
+class OverBatches(OfLosses):
     """The weighted mean of a function over a leading dimension of its data."""
-
-    function: LossFunction
 
     def __call__(
         self, params: dict[str, Tensor], state: dict[str, Tensor], batch: Any, weights: Tensor
@@ -79,19 +74,6 @@ class OverBatches:
         losses: Tensor = over_batches(params, state, batch, None)
         weights = weights.to(losses.dtype)
         return (weights * losses).sum() / weights.sum()
-
-    def at(
-        self, params: dict[str, Tensor], state: dict[str, Tensor], *data: Any
-    ) -> AbstractContextManager[None]:
-        return self.function.at(params, state)
-
-    @property
-    def hooked(self) -> bool:
-        return self.function.hooked
-
-    @property
-    def plain(self) -> bool:
-        return self.function.plain
 
 
 def _merged(

@@ -70,24 +70,25 @@ def generators_in(modules: Iterable[nn.Module]) -> list[Any]:
     found = {}
     for module in modules:
         for value in vars(module).values():
-            if _generates(type(value)):
+            if is_generator(value):
                 found[id(value)] = value
             elif type(value) in (list, tuple, dict):
                 items = value.values() if isinstance(value, dict) else value
-                found |= {id(item): item for item in items if _generates(type(item))}
+                found |= {id(item): item for item in items if is_generator(item)}
     return list(found.values())
 
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
-def _generates(kind: Any) -> bool:
-    """Whether objects of a class are generators, which torch takes long to say of its own."""
-    return _is_kind(kind)
+def is_generator(thing: Any) -> bool:
+    """Whether something draws random numbers; asked once for each class, since torch is slow to tell."""
+    kind: Any = type(thing)
+    return _is_of_these(kind)
 
 
 @lru_cache(maxsize=1024)
-def _is_kind(kind: Any) -> bool:
+def _is_of_these(kind: Any) -> bool:
     return issubclass(kind, _KINDS)
 
 

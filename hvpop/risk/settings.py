@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import random
 import types
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .randomness import is_generator
 
 _LONG = 1000
 """Containers of more items than this are what they are as long as they are the same, too."""
@@ -32,21 +32,13 @@ _OPAQUE = (
     types.ModuleType,
     types.BuiltinFunctionType,
     nn.Parameter,
-    torch.Generator,
-    np.random.Generator,
-    np.random.RandomState,
-    random.Random,
 )
-"""What is what it is as long as it is the same: parameters and random states change, and are none."""
+"""What is what it is as long as it is the same: parameters change, and are none, nor are
+random states."""
 
 
-def _is_opaque(kind: Any) -> bool:
-    return _is_of_these(kind)
-
-
-@lru_cache(maxsize=1024)
-def _is_of_these(kind: Any) -> bool:
-    return issubclass(kind, _OPAQUE)  # which torch takes long to say of its generators
+def _is_opaque(thing: Any) -> bool:
+    return isinstance(thing, _OPAQUE) or is_generator(thing)
 
 
 class _Same:
@@ -97,7 +89,7 @@ class _Walk:
             return _Same(thing), *_tensor(thing)
         if isinstance(thing, np.ndarray | np.generic):
             return type(thing), str(thing.dtype), np.shape(thing), _bytes(thing)
-        if _is_opaque(type(thing)):
+        if _is_opaque(thing):
             return _Same(thing)
         if isinstance(thing, types.FunctionType):
             return _Same(thing), self._named(_read_by(thing))
@@ -211,7 +203,7 @@ def _own_items(items: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
 
 def _own(thing: Any, memo: dict[int, Any]) -> Any:
     """A copy of what is plain data, however nested; anything else itself."""
-    if isinstance(thing, (*_SCALARS, types.FunctionType, nn.Module)) or _is_opaque(type(thing)):
+    if isinstance(thing, (*_SCALARS, types.FunctionType, nn.Module)) or _is_opaque(thing):
         return thing
     if id(thing) in memo:
         return memo[id(thing)]

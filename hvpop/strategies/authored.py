@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..exchange import Ungraded
+from ..graph import nodes_of
 from .base import LinearMap, Params, ScalarFunction, at
 from .finite_difference import first_gradient
-from .graphs import NoSecondDerivativeError, nodes_of
+from .graphs import NoSecondDerivativeError
 from .referee import Difference, difference, generic, norm
 from .rounding import rounding
 

@@ -31,6 +31,9 @@ class LinearMap(ABC):
     def __call__(self, v: Params) -> Params:
         """``H v``: tensors shaped like the parameters, in and out."""
 
+    def verify(self) -> None:  # noqa: B027 (most maps were made just now: nothing to see)
+        """See that the map is still that of its function, if it was not made from it just now."""
+
     def columns(self, V: Params) -> Params:
         """``H V`` for k columns: tensors of shape ``(k, *parameter.shape)``, in and out."""
         columns = zip(*(block.unbind() for block in V.values()), strict=True)

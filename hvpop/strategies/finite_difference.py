@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..exchange import Ungraded
+from ..graph import backward
 from .base import (
     HVPStrategy,
     LinearMap,
@@ -17,7 +16,8 @@ from .base import (
     leaves,
     plain,
 )
-from .graphs import explained_once, nodes_of
+from .graphs import explained_once
+from .referee import norm
 from .rounding import rounding
 
 
@@ -77,10 +77,10 @@ class _GradientDifference(LinearMap):
         self._fn, self._args = fn, args
         self._differentiable = differentiable
         self._point = params
-        self._step = step * max(_norm(params), 1.0)
+        self._step = step * max(norm(params), 1.0)
 
     def __call__(self, v: Params) -> Params:
-        length = _norm(v)
+        length = norm(v)
         if length == 0.0:
             return {name: torch.zeros_like(p) for name, p in self._point.items()}
         h = self._step / length
@@ -111,15 +111,5 @@ def first_gradient(fn: ScalarFunction, point: Params, args: tuple[object, ...]) 
     """
     leaf = {name: plain(p).detach().requires_grad_() for name, p in point.items()}
     with grad_enabled(), at(fn, leaf, *args):
-        loss = fn(leaf, *args)
-        if loss.requires_grad:
-            strangers = [n.variable for n in nodes_of([loss]) if hasattr(n, "variable")]
-            with Ungraded([*leaf.values(), *strangers]):
-                loss.backward()
-                return filled(leaf, tuple(p.grad for p in leaf.values()))
-    return filled(leaf, (None,) * len(leaf))
-
-
-def _norm(tensors: Params) -> float:
-    norms: list[Tensor] = [t.detach().double().norm() for t in tensors.values()]
-    return float(torch.stack([n.cpu() for n in norms]).norm())
+        reached = backward(fn(leaf, *args), leaf)
+    return filled(leaf, tuple(reached.get(name) for name in leaf))

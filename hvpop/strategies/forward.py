@@ -26,6 +26,7 @@ from .base import (
     plain,
 )
 from .graphs import NoSecondDerivativeError, explained
+from .referee import norm
 from .reverse import ReverseOverReverse
 from .rounding import agree, nudged, rounding
 
@@ -138,8 +139,8 @@ def _compare(product: Params, reference: Params, v: Params, again: Callable[[], 
     eps = rounding(product.values())
     if agree(product.values(), reference.values(), eps**0.4, lambda: again().values()):
         return
-    error = _norm({n: p - reference[n] for n, p in product.items()})
-    scale = max(_norm(product), _norm(reference))
+    error = norm({n: p - reference[n] for n, p in product.items()})
+    scale = max(norm(product), norm(reference))
     if math.isfinite(error) and scale > 0:
         warnings.warn(
             f"ForwardOverReverse and ReverseOverReverse differ by {error / scale:.0e} on the first "
@@ -190,7 +191,3 @@ def _load_forward_rules() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-def _norm(tensors: Params) -> float:
-    return math.hypot(*(float(t.norm()) for t in tensors.values()))

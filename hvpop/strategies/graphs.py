@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from traceback import walk_tb
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import _engine_run_backward
+
+from ..graph import nodes_of
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -145,19 +147,6 @@ def _is_once_differentiable(node: Any) -> bool:
 
 
 _ONCE = once_differentiable(lambda ctx: None).__code__  # of the wrapper that the decorator makes
-
-
-def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graph behind some tensors, once."""
-    stack: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
 
 
 _HINT = (

@@ -65,9 +65,9 @@ def agree(
     return all(off[i] <= NOISE * float((others[i] - pairs[i][1]).norm()) for i in far)
 
 
-def nudged(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The nearest point but one: each entry moved by a rounding error, up or down."""
-    generator = torch.Generator().manual_seed(1)
+def nudged(params: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    """A nearest point: each entry moved by a rounding error, up or down."""
+    generator = torch.Generator().manual_seed(seed)
     moved = {}
     for name, p in params.items():
         signs = 2 * torch.randint(2, p.shape, generator=generator) - 1

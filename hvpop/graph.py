@@ -1,0 +1,40 @@
+"""Autograd graphs: their nodes, where they end, and what ``backward()`` makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .exchange import Ungraded
+
+
+def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph behind some tensors, once."""
+    stack: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors in which the graph of a loss ends."""
+    found = (getattr(node, "variable", None) for node in nodes_of([loss]))
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def backward(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``loss.backward()`` gives those of some tensors that it reaches; no tensor keeps any.
+
+    What hooks and Functions add past the graph counts.
+    """
+    with Ungraded([*leaves.values(), *leaves_of(loss)]):  # what a loss closes over gets some, too
+        if loss.requires_grad:
+            loss.backward()
+        return {name: p.grad for name, p in leaves.items() if p.grad is not None}
