@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import forward_ad
 
+from . import _torch
+
 T = TypeVar("T")
 
 ONE_THREAD = threading.RLock()
@@ -102,8 +104,8 @@ def _mark() -> _Mark:
     """How deep the stacks are, ours and torch's own."""
     return (
         len(_LEDGER.open),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
+        _torch.function_modes(),
+        _torch.dispatch_modes(),
         torch.is_grad_enabled(),
     )
 
@@ -150,10 +152,10 @@ def _finish_generators(interrupt: BaseException) -> None:
 def _sweep(mark: _Mark | None) -> None:
     if mark is not None and _mark() != mark:
         count, functions, dispatch, grad = mark
-        while torch._C._len_torch_function_stack() > functions:
-            torch._C._pop_torch_function_stack()
-        while torch._C._len_torch_dispatch_stack() > dispatch:
-            torch._C._pop_torch_dispatch_stack(None)
+        while _torch.function_modes() > functions:
+            _torch.pop_function_mode()
+        while _torch.dispatch_modes() > dispatch:
+            _torch.pop_dispatch_mode(None)
         _put_back(count)
         torch.set_grad_enabled(grad)
     _LEDGER.guarded = False
@@ -170,39 +172,66 @@ class SavedTensors(Exchange):
         super().__init__()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            look(tensor)
+            if tensor is _torch.PROBE:
+                self._on_top = True
+            else:
+                look(tensor)
             return tensor.detach()
 
         self._hooks = pack, _as_it_is
+        self._on_top = False
 
     def _change(self) -> None:
-        self._noted(_pop_hooks, self._hooks[0])
-        torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
+        self._noted(self._pop)
+        _torch.push_saved_tensors_hooks(*self._hooks)
+
+    def _pop(self) -> None:
+        self._on_top = False
+        with torch.enable_grad():
+            _torch.PROBE.square()
+        if self._on_top:  # an interrupt may have come between the note and the step
+            _torch.pop_saved_tensors_hooks()
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _pop_hooks(pack: Any) -> None:
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if top is not None and top[0] is pack:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-
-
 class dual_level(Exchange):  # noqa: N801 (used like a function)
     """`torch.autograd.forward_ad.dual_level`, which an interrupt could leave half entered."""
 
     def _change(self) -> None:
-        self._noted(_leave_dual_level, forward_ad._current_level)
+        self._noted(_leave_dual_level, _torch.dual_depth())
         forward_ad.enter_dual_level()
 
 
 def _leave_dual_level(before: int) -> None:
     """Torch counts levels twice, here and in its core, and an interrupt can fall between the two."""
     with suppress(RuntimeError):  # its core has left it, or had not entered it yet
-        torch._C._exit_dual_level(level=before + 1)
-    forward_ad._current_level = before
+        _torch.exit_dual_level(level=before + 1)
+    _torch.set_dual_depth(before)
+
+
+class Off(Exchange):
+    """A switch of torch's, off for a while and nothing else."""
+
+    def __init__(self, state: Callable[[], bool], switch: Callable[[bool], None]) -> None:
+        super().__init__()
+        self._state, self._switch = state, switch
+
+    def _change(self) -> None:
+        self._noted(self._switch, self._state())
+        self._switch(False)
+
+
+def without_cudnn() -> Off:
+    """For recurrent layers, whose kernels there have no second derivative."""
+    return Off(_torch.cudnn_enabled, _torch.set_cudnn_enabled)
+
+
+def without_onednn() -> Off:
+    """For recurrent layers in forward mode, which its kernels do not have; torch's own do."""
+    return Off(_torch.onednn_enabled, _torch.set_onednn_enabled)
 
 
 class Ungraded(Exchange):

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import _torch
 from .exchange import Exchange
 
 Table = Mapping[Callable[..., Any], Callable[..., Any]]
@@ -36,7 +36,7 @@ class Interception(Exchange):
         mode = _HERE.mode
         if mode is None:
             mode = _Mode()
-            self._noted(_deactivate, torch._C._len_torch_function_stack())
+            self._noted(_deactivate, _torch.function_modes())
             _HERE.mode = mode
             mode.__enter__()  # type: ignore[no-untyped-call]
         self._noted(mode.become, mode.tables, mode.stand_ins)
@@ -48,10 +48,8 @@ class Reentered(Exchange):
     """The active interception again, in what an intercepted call calls back: torch has it off there."""
 
     def _change(self) -> None:
-        mode, stack = _HERE.mode, torch._C._len_torch_function_stack()
-        if mode is not None and not any(
-            torch._C._get_function_stack_at(i) is mode for i in range(stack)
-        ):
+        mode, stack = _HERE.mode, _torch.function_modes()
+        if mode is not None and not any(_torch.function_mode_at(i) is mode for i in range(stack)):
             self._noted(_shorten, stack)
             mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -97,8 +95,8 @@ def _deactivate(stack: int) -> None:
 
 
 def _shorten(stack: int) -> None:
-    while torch._C._len_torch_function_stack() > stack:
-        torch._C._pop_torch_function_stack()
+    while _torch.function_modes() > stack:
+        _torch.pop_function_mode()
 
 
 def replaced(thing: Any, stand_ins: StandIns) -> Any:

@@ -17,6 +17,7 @@ LAYERS = {
     1: ("operators", "strategies", "risk"),
     0: ("graph", "interception"),
     -1: ("exchange",),
+    -2: ("_torch",),
 }
 LEVEL = {part: level for level, parts in LAYERS.items() for part in parts}
 

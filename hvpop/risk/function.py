@@ -10,13 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..exchange import Exchange, Ungraded, guarded
+from ..exchange import Exchange, Ungraded, guarded, without_cudnn
 from ..graph import backward, leaves_of
 from ..interception import Interception, Table
 from . import policies
 from .description import Description
 from .formulas.convolutions import CONVOLUTIONS
-from .formulas.recurrent import without_cudnn
 from .losses import BatchLoss, scalar
 from .policies import WATCHED, FunctionsWatched, TwiceDifferentiable
 from .randomness import (

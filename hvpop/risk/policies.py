@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
-from torch._functorch import utils as functorch_utils
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
+from .. import _torch
 from ..exchange import Exchange
 from ..interception import Reentered, stood_in
 
@@ -52,9 +50,11 @@ class TwiceDifferentiable(_Patches):
         TwiceDifferentiable.active = True
         self._use_math_attention()
         self._run_checkpoints_plainly()
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stance = torch.compiler.set_stance("force_eager")
-            self._noted(stance.__exit__, None, None, None)
+        compiled = _torch.compiled_code()
+        if compiled is not None:
+            stance, set_stance = compiled
+            self._noted(set_stance, stance)
+            torch.compiler.set_stance("force_eager")
 
     def _use_math_attention(self) -> None:
         # As torch.nn.attention.sdpa_kernel(MATH) does, at a fifth of its cost.
@@ -71,7 +71,8 @@ class TwiceDifferentiable(_Patches):
 
     def _run_checkpoints_plainly(self) -> None:
         self._patch(checkpoint.CheckpointFunction, "apply", _call_reentrant)
-        self._patch(checkpoint, "_checkpoint_without_reentrant_generator", _call_around)
+        for name in _torch.CHECKPOINTS:
+            self._patch(checkpoint, name, _call_around)
 
 
 def _call_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -98,39 +99,32 @@ class FunctionsWatched(_Patches):
             self._noted(setattr, FunctionsWatched, "active", False)
             FunctionsWatched.active = True
             self._patch(torch.autograd.Function, "apply", classmethod(_apply))
-            if _UNWRAP is not None:
-                self._patch(functorch_utils, "unwrap_dead_wrappers", _unwrapped)
-            if _WRAP is not None:
-                self._patch(eager_transforms, "_wrap_for_grad", _wrapped)
+            if _torch.unwrap_dead_wrappers is not None:
+                self._patch(_torch.functorch_utils, "unwrap_dead_wrappers", _unwrapped)
+            if _torch.wrap_for_grad is not None:
+                self._patch(_torch.eager_transforms, "_wrap_for_grad", _wrapped)
             self._patch(BackwardCFunction, "apply", _backward)
             self._patch(saved_tensors_hooks, "__enter__", _saving)
 
 
-_APPLY: Any = vars(torch.autograd.Function)["apply"].__func__
-_WRAP: Any = getattr(eager_transforms, "_wrap_for_grad", None)
-_ENTER: Any = vars(saved_tensors_hooks)["__enter__"]
-_BACKWARD: Any = vars(BackwardCFunction)["apply"]
-_UNWRAP: Any = getattr(functorch_utils, "unwrap_dead_wrappers", None)
-
-
 def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-    return _APPLY(cls, *stood_in(args), **kwargs)
+    return _torch.function_apply.__get__(None, cls)(*stood_in(args), **kwargs)
 
 
 def _unwrapped(args: tuple[Any, ...]) -> Any:
     """Part of ``apply``, also of one that was looked up before it was patched."""
-    return _UNWRAP(stood_in(args))
+    return _torch.unwrap_dead_wrappers(stood_in(args))
 
 
 def _wrapped(tensor: Any, level: int) -> Any:
     """What `torch.func` differentiates by it hides from every mode."""
-    return _WRAP(*stood_in((tensor,)), level)
+    return _torch.wrap_for_grad(*stood_in((tensor,)), level)
 
 
 def _backward(ctx: Any, *args: Any) -> Any:
     """A Function's backward may evaluate the model again, and then as the forward pass did."""
     with Reentered():
-        return _BACKWARD(ctx, *args)
+        return _torch.backward_apply(ctx, *args)
 
 
 hooks: set[Any] = set()
@@ -140,7 +134,7 @@ hooks: set[Any] = set()
 def _saving(self: Any) -> Any:
     """What is saved by hooks may be evaluated again when it is asked for, as in checkpoints."""
     hooks.add(type(self))
-    return _ENTER(self)
+    return _torch.saved_tensors_enter(self)
 
 
 def _hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:

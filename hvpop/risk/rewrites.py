@@ -1,8 +1,8 @@
 """Ops that torch cannot differentiate twice, rewritten with ops that it can.
 
 Some ops of torch have no second derivative, a wrong one, or none in forward mode. While `Rewrites`
-is active, each op in the table `REWRITES` is replaced by an equal formula. The table is at the end.
-So are convolutions, whose second derivative is right but slow.
+is active, each op in the table `REWRITES` is replaced by an equal formula where the torch at hand
+needs it (`hvpop.risk.probes`). The table is at the end. So are convolutions, whose second derivative is right but slow.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from .. import _torch
 from ..interception import Interception, Table
 from .formulas import arithmetic, distances, embeddings, losses, recurrent, spectra
 from .formulas.convolutions import CONVOLUTIONS
+from .probes import PROBES, Needed
 
 Op = Callable[..., Any]
 
@@ -80,6 +83,25 @@ def _in_torchs_words(table: dict[Op, Op]) -> dict[Op, Op]:
     return {op: checked(op, formula) for op, formula in table.items()}
 
 
+def _where_needed(table: dict[Op, Op]) -> dict[Op, Op]:
+    """The table with formulas that leave ops alone which torch differentiates as well."""
+
+    def tried(formula: Op, needed: Needed) -> Op:
+        @wraps(formula)
+        def rewritten(*args: Any, **kwargs: Any) -> Any:
+            device = next((a.device for a in args if isinstance(a, Tensor)), None)
+            return formula(*args, **kwargs) if device is None or needed(device) else None
+
+        return rewritten
+
+    found: dict[Op, Op] = {}
+    for op, formula in table.items():
+        if op in PROBES:
+            needed = Needed(op, formula, PROBES[op])
+        found[op] = tried(formula, needed)
+    return found
+
+
 # --- the table --------------------------------------------------------------------------------
 # One line per op, and one case in the tests. "reverse": no double backward, or a wrong one;
 # "forward": forward mode over the gradient raises, or is wrong.
@@ -115,7 +137,7 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_relu: recurrent.rnn_relu,
     torch.cholesky_inverse: arithmetic.cholesky_inverse,  # forward is WRONG, without an error
     torch.Tensor.cholesky_inverse: arithmetic.cholesky_inverse,
-    F.linear_cross_entropy: losses.linear_cross_entropy,  # in chunks: reverse is WRONG; forward
+    _torch.linear_cross_entropy: losses.linear_cross_entropy,  # in chunks: reverse is WRONG; forward
     torch.sinc: arithmetic.sinc,  # at 0: reverse, forward is WRONG, without an error
     torch.special.sinc: arithmetic.sinc,
     torch.Tensor.sinc: arithmetic.sinc,
@@ -139,4 +161,4 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nuclear_norm: spectra.nuclear_norm,
 }
 
-REWRITES.update(_in_torchs_words(REWRITES))
+REWRITES.update(_where_needed(_in_torchs_words(REWRITES)))

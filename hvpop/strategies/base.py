@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..exchange import Exchange
 
 Params = dict[str, Tensor]
@@ -104,8 +105,8 @@ class _GradEnabled(Exchange):
             mode = torch.inference_mode(False)
             self._noted(mode.__exit__, None, None, None)
             mode.__enter__()
-        self._noted(torch._C._set_grad_enabled, torch.is_grad_enabled())
-        torch._C._set_grad_enabled(True)
+        self._noted(_torch.set_grad_enabled, torch.is_grad_enabled())
+        _torch.set_grad_enabled(True)
 
 
 _AUTOCAST = ("cpu", "cuda")

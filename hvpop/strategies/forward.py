@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ..exchange import Exchange, dual_level
+from .. import _torch
+from ..exchange import dual_level, without_onednn
 from ..interception import Interception, Table
 from .authored import hold_against_differences, refuse_hidden, ungraded
 from .base import (
@@ -161,26 +162,20 @@ class _ForwardMode(Interception):
         super().__init__(_FORWARD)
 
     def _change(self) -> None:
-        self._noted(torch._C._set_fwd_grad_enabled, True)
+        self._noted(_torch.set_fwd_grad_enabled, True)
         super()._change()
 
 
 def _without_onednn(op: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
-        with _NoOneDNN():
+        with without_onednn():
             return op(*args, **kwargs)
 
     return called
 
 
-class _NoOneDNN(Exchange):
-    def _change(self) -> None:
-        self._noted(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-        torch._C._set_mkldnn_enabled(False)
-
-
 _FORWARD: Table = {
-    torch._C._set_grad_enabled: torch._C._set_fwd_grad_enabled,  # which returns None
+    _torch.set_grad_enabled: _torch.set_fwd_grad_enabled,  # which returns None
     **{op: _without_onednn(op) for op in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 

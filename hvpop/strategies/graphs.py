@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import _engine_run_backward
 
+from .. import _torch
 from ..graph import nodes_of
 
 
@@ -115,9 +115,9 @@ def why_missing(error: Exception) -> str | None:
 def _why_broken(error: BaseException) -> str | None:
     """What torch says where a derivative of its own fails; None if the error is of another place."""
     codes = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
-    if _engine_run_backward.__code__ not in codes or "memory" in str(error).lower():
+    if _torch.engine.__code__ not in codes or "memory" in str(error).lower():
         return None
-    behind = codes[codes.index(_engine_run_backward.__code__) :]
+    behind = codes[codes.index(_torch.engine.__code__) :]
     if not all(code.co_filename.startswith(_TORCH) for code in behind):
         return None  # a hook or a Function of the user's
     return f"torch's derivative of an op fails ({str(error).partition(chr(10))[0]})"

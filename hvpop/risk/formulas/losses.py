@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import _torch
+
 
 def mse_loss(
     input: Tensor, target: Tensor, *, weight: Tensor | None = None, **reduction: Any
@@ -65,7 +67,7 @@ def linear_cross_entropy(
     smooth = others.get("label_smoothing", 0.0) != 0
     if options is None or smooth or linear_weight.dim() != 2 or target.dtype != torch.int64:
         return None  # torch runs these without chunks, perhaps with a warning
-    if reduction not in ("mean", "sum", "none") or torch._C._get_tracing_state() is not None:
+    if reduction not in ("mean", "sum", "none") or _torch.tracing_state() is not None:
         return None
     tensors = input, linear_weight
     if input.dtype in (torch.float16, torch.bfloat16):  # chunks are added up in float32

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from ...exchange import Exchange
-
-
-class without_cudnn(Exchange):  # noqa: N801 (used like a function)
-    """CuDNN off and nothing else: `torch.backends.cudnn.flags` would set the precision as well."""
-
-    def _change(self) -> None:
-        self._noted(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
-        torch._C._set_cudnn_enabled(False)
-
-
-class _without_onednn(Exchange):  # noqa: N801
-    """In forward mode oneDNN's kernels for these have no derivative; torch's own have."""
-
-    def _change(self) -> None:
-        if forward_ad._current_level >= 0:
-            self._noted(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
+from ... import _torch
+from ...exchange import without_cudnn, without_onednn
 
 
 def _rewritten(op: Callable[..., Any]) -> Callable[..., Any]:
     def formula(*args: Any, **kwargs: Any) -> Any:
-        with without_cudnn(), _without_onednn():
+        forward_mode = _torch.dual_depth() >= 0
+        with without_cudnn(), without_onednn() if forward_mode else nullcontext():
             return op(*args, **kwargs)
 
     return formula

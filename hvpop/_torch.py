@@ -1,0 +1,175 @@
+"""What hvpop takes of torch that is private or young: each name once, what it is for, since when.
+
+A name that torch does not have is an error when hvpop is imported, or has something that serves in
+its place here. One that it has and no longer calls is found out by `hvpop.risk.canaries`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+
+OLDEST, NEWEST = "2.6", "2.15"
+"""The releases that the suite is run on, see docs/versions.md."""
+
+
+def _private(path: str, purpose: str) -> Any:
+    """What is found at a dotted path of torch's, which `purpose` cannot do without."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return getattr(_found(owner), name)
+    except (AttributeError, ImportError):
+        raise ImportError(_gone(path, purpose)) from None
+
+
+def _found(path: str) -> Any:
+    try:
+        return import_module(path)
+    except ImportError:
+        owner, _, name = path.rpartition(".")
+        return getattr(_found(owner), name)
+
+
+def _gone(path: str, purpose: str) -> str:
+    return (
+        f"hvpop needs {path} {purpose}; torch {torch.__version__} has nothing of that name: install "
+        f"a torch from {OLDEST} to {NEWEST}, or a newer hvpop"
+    )
+
+
+@cache
+def say_if_newer() -> None:
+    """Tell once that nobody has run the suite on the torch at hand."""
+    if _release(torch.__version__) > _release(NEWEST):
+        warnings.warn(
+            f"torch {torch.__version__} is newer than {NEWEST}, the last release that hvpop has been "
+            "tested on. What it relies on is tried out as it is needed; H.check() tells more",
+            stacklevel=2,
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
+# --- modes and levels that an interrupt can leave behind (all since 2.0) ---------------------------
+
+_LEAVING = "to leave what an interrupted product has entered"
+
+function_modes = _private("torch._C._len_torch_function_stack", _LEAVING)
+function_mode_at = _private("torch._C._get_function_stack_at", "to see whether a mode is active")
+pop_function_mode = _private("torch._C._pop_torch_function_stack", _LEAVING)
+dispatch_modes = _private("torch._C._len_torch_dispatch_stack", _LEAVING)
+pop_dispatch_mode = _private("torch._C._pop_torch_dispatch_stack", _LEAVING)
+
+_SAVED = "to measure what a graph keeps"
+push_saved_tensors_hooks = _private("torch._C._autograd._push_saved_tensors_default_hooks", _SAVED)
+pop_saved_tensors_hooks = _private("torch._C._autograd._pop_saved_tensors_default_hooks", _SAVED)
+
+
+PROBE = torch.zeros(1, requires_grad=True)
+"""Saved to see by which hooks; torch can tell what is on top only since 2.8."""
+
+exit_dual_level = _private("torch._C._exit_dual_level", _LEAVING)
+_private("torch.autograd.forward_ad._current_level", _LEAVING)
+
+
+def dual_depth() -> int:
+    """The level of forward mode: -1 outside of all."""
+    return int(forward_ad._current_level)
+
+
+def set_dual_depth(level: int) -> None:
+    """What torch counts in Python, beside its core."""
+    forward_ad._current_level = level
+
+
+# --- switches ----------------------------------------------------------------------------------
+
+_KERNELS = "to take kernels that have a second derivative (torch.backends' switches can be frozen)"
+set_grad_enabled = _private(
+    "torch._C._set_grad_enabled", "to switch gradients on, and see them off"
+)
+set_fwd_grad_enabled = _private(
+    "torch._C._set_fwd_grad_enabled", "to stop tangents under torch.no_grad(), which lets them pass"
+)
+cudnn_enabled = _private("torch._C._get_cudnn_enabled", _KERNELS)
+set_cudnn_enabled = _private("torch._C._set_cudnn_enabled", _KERNELS)
+onednn_enabled = _private("torch._C._get_mkldnn_enabled", _KERNELS)
+set_onednn_enabled = _private("torch._C._set_mkldnn_enabled", _KERNELS)
+tracing_state = _private("torch._C._get_tracing_state", "to leave ops alone under torch.jit.trace")
+
+
+def compiled_code() -> tuple[Any, Any] | None:
+    """What torch does with compiled code now, and the function that sets it; None: nothing can be compiled.
+
+    `torch.compiler.set_stance` (since 2.6) sets it when it is made, so that an interrupt can fall
+    between the change and any note of it.
+    """
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
+        return None
+    where = import_module("torch._dynamo.eval_frame")
+    try:
+        return where._stance, where._set_stance
+    except AttributeError:
+        raise ImportError(_gone("torch._dynamo.eval_frame._set_stance", _EAGERLY)) from None
+
+
+_EAGERLY = "to run compiled code eagerly, since it has no double backward"
+
+
+engine = _private(
+    "torch.autograd.graph._engine_run_backward", "to tell a derivative of torch's that fails"
+)
+
+
+transforms = _private(
+    "torch._C._functorch.peek_interpreter_stack", "to try nothing out within torch.func"
+)
+
+
+def _missing(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("stands for what this torch does not have")
+
+
+linear_cross_entropy: Any = getattr(torch.nn.functional, "linear_cross_entropy", _missing)
+"""With its second derivative in chunks wrong; nobody can call it where it is missing."""
+
+
+# --- what is replaced while a model is evaluated -----------------------------------------------------
+
+checkpoint = import_module("torch.utils.checkpoint")
+
+CHECKPOINTS = tuple(
+    name
+    for name in (
+        "_checkpoint_without_reentrant_generator",  # 2.1 to 2.13 call it, and later keep it
+        "_checkpoint_without_reentrant_generator_impl",  # since 2.14.1
+    )
+    if hasattr(checkpoint, name)
+)
+"""The generators, each around the call of a function that is to be evaluated again in backward."""
+
+function_apply: Any = vars(torch.autograd.Function)["apply"]
+"""A classmethod of Python's; since 2.14 one of C's, which a patch of the class does not reach once it is looked up."""
+
+backward_apply = _private(
+    "torch.autograd.function.BackwardCFunction.apply", "to see a custom Function go backward"
+)
+
+saved_tensors_enter: Any = vars(saved_tensors_hooks)["__enter__"]
+
+functorch_utils = import_module("torch._functorch.utils")
+unwrap_dead_wrappers: Any = getattr(functorch_utils, "unwrap_dead_wrappers", None)
+"""Called by `Function.apply` until 2.13, with all of its arguments."""
+
+eager_transforms = import_module("torch._functorch.eager_transforms")
+wrap_for_grad: Any = getattr(eager_transforms, "_wrap_for_grad", None)
+"""Called by `torch.func.grad` with what it differentiates by."""
