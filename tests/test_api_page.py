@@ -62,8 +62,10 @@ def names(package: ModuleType) -> list[str]:
 
 
 def methods(cls: type) -> Iterator[tuple[str, Any]]:
-    """The public methods and properties that a class defines and explains."""
-    for name, member in vars(cls).items():
+    """The public methods and properties that a class explains, beside those of every operator."""
+    own = cls.__mro__[: cls.__mro__.index(hvpop.LinearOperator)] or (cls,)
+    members = {n: m for base in reversed(own) for n, m in vars(base).items()}
+    for name, member in sorted(members.items()) if len(own) > 1 else members.items():
         function = member.fget if isinstance(member, property) else member
         if not name.startswith("_") and inspect.getdoc(function):
             yield name, getattr(function, "__func__", function)

@@ -62,6 +62,48 @@ def test_a_module_imports_only_layers_below_its_own(path: Path) -> None:
     assert forbidden(part_of(path), path.read_text(encoding="utf-8"), package) == []
 
 
+def files_imported(path: Path) -> set[Path]:
+    """The files of the package that a file imports, wherever in it it does so."""
+    package = ["hvpop", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for name in imported(path.read_text(encoding="utf-8"), package):
+        parts = name.split(".")[1:]
+        while parts and not (ROOT / "/".join(parts)).with_suffix(".py").exists():
+            parts.pop()  # a name in a file, or a folder's __init__, which imports the whole folder
+        if parts:
+            found.add((ROOT / "/".join(parts)).with_suffix(".py"))
+    return found - {path}
+
+
+def circles(graph: dict[Path, set[Path]]) -> list[list[str]]:
+    """Files that reach themselves, one path each."""
+    found = []
+    for start in graph:
+        stack, seen = [[start]], {start}
+        while stack:
+            way = stack.pop()
+            for nearer in graph.get(way[-1], ()):
+                if nearer == start:
+                    found.append([p.stem for p in [*way, start]])
+                    stack.clear()
+                    break
+                if nearer not in seen:
+                    seen.add(nearer)
+                    stack.append([*way, nearer])
+    return found
+
+
+@pytest.mark.parametrize("part", [p for p in LEVEL if p != "operators"])
+def test_no_two_files_import_each_other_lazily_neither(part: str) -> None:
+    assert circles({p: files_imported(p) for p in MODULES if part_of(p) == part}) == []
+
+
+def test_a_circle_is_found() -> None:
+    a, b, c = map(Path, "abc")
+    assert circles({a: {b}, b: {c}, c: {b}}) == [["b", "c", "b"], ["c", "b", "c"]]
+    assert circles({a: {b, c}, b: {c}, c: set()}) == []
+
+
 @pytest.mark.parametrize(
     ("part", "line", "allowed"),
     [

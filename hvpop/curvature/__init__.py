@@ -3,6 +3,9 @@
 from .blocks import block_diagonal
 from .check import CheckResult
 from .hessian import HessianOperator
-from .linearized import LinearizedHessian, Report
+from .linearized import Linearized, Report
+
+LinearizedHessian = Linearized
+"""The name that it had when there was no other matrix."""
 
 __all__ = ["CheckResult", "HessianOperator", "LinearizedHessian", "Report", "block_diagonal"]

@@ -1,42 +1,25 @@
-"""Blocks of a Hessian: some parameters against others, and the block diagonal of its layers."""
+"""The block diagonal of a matrix over parameters, by layers or other groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 from ..operators import BlockDiagonal, LinearOperator, Restriction
 from ..operators.algebra import Product, Transposed
-from ..risk.modules import Selection
-
-if TYPE_CHECKING:
-    from .hessian import HessianOperator
 
 Grouping = Literal["layer", "parameter"] | Callable[[str], str]
 """By module, by parameter, or by whatever a function of the parameter's name returns."""
 
 
-def block(H: HessianOperator, rows: Selection, cols: Selection = None) -> LinearOperator:
-    """The block of ``H`` for the parameters ``rows`` and ``cols`` (by default the same).
-
-    See `HessianOperator.block`.
-    """
-    row_names = list(H.risk.restricted(rows).parameters())
-    col_names = row_names if cols is None else list(H.risk.restricted(cols).parameters())
-    joint = type(H).from_risk(H.risk.restricted([*row_names, *col_names]), strategy=H.strategy)
-    if row_names == col_names:
-        return joint
-    return Product(_picked(joint, row_names), joint, Transposed(_picked(joint, col_names)))
-
-
-def block_diagonal(H: HessianOperator, by: Grouping = "layer") -> LinearOperator:
+def block_diagonal(H: LinearOperator, by: Grouping = "layer") -> LinearOperator:
     """``H`` without what couples one group of parameters to another, same shape and order.
 
     Parameters
     ----------
-    H : HessianOperator
+    H : HessianOperator, GaussNewtonOperator or another with blocks
         Live; the result follows the model as ``H`` does, and can be linearized.
     by
         ``"layer"`` groups the parameters of each module, ``"parameter"`` each by itself; or a
@@ -55,7 +38,8 @@ def block_diagonal(H: HessianOperator, by: Grouping = "layer") -> LinearOperator
     >>> block_diagonal(H).parts
     (<9x9 HessianOperator float32 cpu>, <4x4 HessianOperator float32 cpu>)
     """
-    if not hasattr(H, "block"):
+    block = getattr(H, "block", None)
+    if block is None or H.layout is None:
         raise TypeError(
             f"block_diagonal expects a HessianOperator, got {H!r}; take the blocks of the Hessian, and "
             "combine or linearize the result"
@@ -66,12 +50,20 @@ def block_diagonal(H: HessianOperator, by: Grouping = "layer") -> LinearOperator
     groups: dict[str, list[str]] = {}
     for name in H.layout.names:
         groups.setdefault(group_of(name), []).append(name)
-    blocks = BlockDiagonal([block(H, names) for names in groups.values()])
+    blocks = BlockDiagonal([block(names) for names in groups.values()])
     order = [name for names in groups.values() for name in names]
     if order == list(H.layout.names):
         return blocks
-    P = _picked(H, order)
+    P = picked(H, order)
     return Product(Transposed(P), blocks, P)
+
+
+def picked(A: LinearOperator, names: Sequence[str]) -> Restriction:
+    """The restriction to some parameters' entries, in the order of ``names``."""
+    assert A.layout is not None
+    places = dict(A.layout.slices())
+    index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
+    return Restriction(index, A.layout.size, dtype=A.torch_dtype, device=A.device)
 
 
 def _layer(name: str) -> str:
@@ -83,10 +75,3 @@ def _itself(name: str) -> str:
 
 
 _BY: dict[str, Callable[[str], str]] = {"layer": _layer, "parameter": _itself}
-
-
-def _picked(H: HessianOperator, names: list[str]) -> Restriction:
-    """The restriction to some parameters' entries, in the order of ``names``."""
-    places = dict(H.layout.slices())
-    index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
-    return Restriction(index, H.shape[0], dtype=H.torch_dtype, device=H.device)

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,9 @@ from torch import Tensor, nn
 from ..exchange import Entered
 from ..strategies import FiniteDifference, ForwardOverReverse, HVPStrategy, ReverseOverReverse
 from ..strategies.base import grad_enabled
-from .examination import Examination, admitted
+from .examination import Examination, Examined, admitted
 from .findings import CheckResult, Finding, Timing
 from .memory import graph_bytes
-
-if TYPE_CHECKING:
-    from .hessian import HessianOperator
 
 __all__ = ["CheckResult", "check"]
 
@@ -30,7 +26,7 @@ TINY = 1e-300
 """In place of zero as a divisor."""
 
 
-def check(H: HessianOperator, batches: int | None = 1) -> CheckResult:
+def check(H: Examined, batches: int | None = 1) -> CheckResult:
     """Examine an operator on its first batches (None: on all). Raises nothing.
 
     See `HessianOperator.check`.

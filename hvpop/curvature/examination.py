@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..operators import Layout
 from ..risk import EmpiricalRisk, Term
-from ..strategies import FiniteDifference, FirstThatWorks, HVPStrategy, Params
+from ..strategies import HVPStrategy, Params
 from ..strategies.fallback import settled
 from ..strategies.referee import norm
 from ..strategies.rounding import nudged, rounding
@@ -20,15 +21,24 @@ from .findings import Finding, Level, Timing
 from .referee import over_terms
 from .space import WeightedSum, from_point, multiplier, to_point
 
-if TYPE_CHECKING:
-    from .hessian import HessianOperator
+
+class Examined(Protocol):
+    """What is examined."""
+
+    risk: EmpiricalRisk
+    strategy: HVPStrategy
+    torch_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def layout(self) -> Layout: ...
 
 
 @dataclass
 class Examination:
     """Some batches at the point of the moment, what can be measured there, and the findings so far."""
 
-    H: HessianOperator
+    H: Examined
     risk: EmpiricalRisk  # in batch mode
     strategy: HVPStrategy
     terms: list[Term]
@@ -96,7 +106,7 @@ class Examination:
     def probe(self, seed: int) -> Tensor:
         """A normal column, shape (n, 1)."""
         generator = torch.Generator().manual_seed(seed)
-        v = torch.randn(self.H.shape[1], 1, generator=generator, dtype=torch.float64)
+        v = torch.randn(self.H.layout.size, 1, generator=generator, dtype=torch.float64)
         double = self.H.torch_dtype == torch.float64
         return v.to(self.H.device, torch.float64 if double else torch.float32)
 
@@ -122,7 +132,7 @@ class Examination:
     @property
     def rounding(self) -> float:
         """Relative, for what differs by rounding alone, be it that of float32 in a float64 model."""
-        if isinstance(getattr(self.strategy, "current", self.strategy), FiniteDifference):
+        if not getattr(self.strategy, "current", self.strategy).exact:
             return self.tolerance
         return min(max(1e4 * self._eps, 1e-6), 5e-2)
 
@@ -131,15 +141,11 @@ class Examination:
         return rounding(self.point.values())
 
 
-def admitted(H: HessianOperator, batches: int | None) -> Examination:
+def admitted(H: Examined, batches: int | None) -> Examination:
     """The first batches of an operator, or all, at copies of the live parameters."""
     risk = H.risk.batchwise()
     point = {name: p.detach().clone() for name, p in risk.parameters().items()}
     state = {name: t.clone() for name, t in risk.state().items()}
-    strategy = H.strategy
-    if isinstance(strategy, FirstThatWorks):
-        strategy = FirstThatWorks(
-            *strategy.chain
-        )  # steps down the chain are the operator's to take
+    strategy = H.strategy.within(lambda one: one)  # steps down a chain are the operator's to take
     with closing(risk.terms()) as terms:
         return Examination(H, risk, strategy, list(islice(terms, batches)), point, state)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..risk.merging import concatenated, form_of
-from ..strategies import FiniteDifference, HVPStrategy, Params
+from ..strategies import HVPStrategy, Params
 from ..strategies.rounding import agree, nudged, reordered, rounding
 from .memory import graph_bytes
 from .space import WeightedSum, multiplier
@@ -41,7 +41,7 @@ class LiveJoin:
         self._possible = (
             risk.mode == "batch"
             and risk.average.weight is None
-            and not isinstance(strategy, FiniteDifference)
+            and getattr(strategy, "current", strategy).exact
         )
 
     def terms(

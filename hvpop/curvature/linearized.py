@@ -1,48 +1,31 @@
-"""A Hessian frozen at one point and made ready for many products."""
+"""A matrix frozen at one point and made ready for many products."""
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..exchange import guarded
-from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
 from ..risk import EmpiricalRisk
 from ..risk.merging import concatenated, stacked
-from ..strategies import (
-    FiniteDifference,
-    FirstThatWorks,
-    HVPStrategy,
-    NoSecondDerivativeError,
-    Params,
-    ReverseOverReverse,
-)
+from ..risk.modules import Selection
+from ..strategies import FirstThatWorks, HVPStrategy, NoSecondDerivativeError, Params
 from ..strategies.base import grad_enabled, out_of_memory
 from ..strategies.fallback import settled
 from ..strategies.rounding import FLOAT32_TOLERANCE, agree, nudged, reordered
-from .diagnosis import culprit
-from .forms import batch_forms
+from .average import DataAverage, Place
 from .joining import random_direction, run_as_one, same
 from .memory import budget_in_bytes, graph_rounding
 from .preparation import Preparation
-from .space import (
-    WeightedSum,
-    columns_in,
-    from_point,
-    in_range,
-    layout_of,
-    multiplier,
-    space_of,
-    to_point,
-)
+from .space import WeightedSum, columns_in, multiplier, to_point
 from .tracing import TRACE_AFTER, Tracer, may_trace
 
 
@@ -74,8 +57,8 @@ def _mebibytes(count: int) -> str:
     return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.3g}"
 
 
-class LinearizedHessian(LinearOperator):
-    """The Hessian as it was when `HessianOperator.linearize` was called.
+class Linearized(DataAverage):
+    """The matrix as it was when ``linearize`` of a `HessianOperator` or its like was called.
 
     Made by that method. Parameters, buffers and train or eval mode are those of that moment. The
     first product reads the data once and prepares: batches are held, small ones are run as one,
@@ -101,33 +84,42 @@ class LinearizedHessian(LinearOperator):
 
     def __init__(
         self,
+        name: str,
         risk: EmpiricalRisk,
         strategy: HVPStrategy,
+        reference: HVPStrategy,
         point: Params,
         state: Params,
         memory: Memory,
         tracer: Tracer,
     ) -> None:
-        dtype, device = space_of(point)
-        self._layout = layout_of(point)
-        n = self.layout.size
-        super().__init__((n, n), dtype=dtype, device=device, symmetric=True)
+        super().__init__(risk.frozen(), strategy, point)
+        self._name, self._reference = name, reference
         self._budget = budget_in_bytes(memory, self.device)
         self._live_risk = risk
         self._fingerprint = risk.fingerprint()
-        self.risk = risk.frozen()
-        self.strategy = strategy
         self._tracer = tracer
         with torch.inference_mode(False):
             self._point = {n: p.detach().clone().requires_grad_() for n, p in point.items()}
             self._state = {name: t.detach().clone() for name, t in state.items()}
         self._preparation: Preparation | None = None
-        self._passes = self._products = 0
-        self._seconds = 0.0
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
+    def _label(self) -> str:
+        return f"Linearized{self._name}"
+
+    def _place(self) -> Place:
+        return Place(self.risk, self._point, self._state)
+
+    def restricted(self, params: Selection) -> Linearized:
+        """The same matrix of some of the parameters, at the same point."""
+        part = copy.copy(self)
+        part._preparation = None
+        part.risk = self.risk.restricted(params)
+        point = {name: self._point[name] for name in part.risk.parameters()}
+        others = {name: p.detach() for name, p in self._point.items() if name not in point}
+        DataAverage.__init__(part, part.risk, self.strategy.within(lambda one: one), point)
+        part._point, part._state = point, self._state | others
+        return part
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled; a copy prepares anew.
@@ -138,7 +130,9 @@ class LinearizedHessian(LinearOperator):
 
     def report(self) -> Report:
         """What is kept, and what the products have cost. Prepares if no product was made yet."""
+        start = time.perf_counter()
         prepared = guarded(self._prepared)
+        self._seconds += time.perf_counter() - start
         return Report(
             strategy=repr(self.strategy) + (", traced" if prepared.traced else ""),
             batches=prepared.batches,
@@ -151,25 +145,11 @@ class LinearizedHessian(LinearOperator):
             seconds=self._seconds,
         )
 
-    def _apply(self, V: Tensor) -> Tensor:
-        return guarded(lambda: self._counted(V))
-
-    def _counted(self, V: Tensor) -> Tensor:
+    def _summed(self, V: Tensor) -> WeightedSum:
         self._trace_when_used(self._prepared())
-        start = time.perf_counter()
-        Y = in_range(self._multiplied, V, self._point)
-        self._products += V.shape[1]
-        self._seconds += time.perf_counter() - start
-        return Y
-
-    def _multiplied(self, V: Tensor) -> Tensor:
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self._around():
-            Y = from_point(settled(self.strategy, lambda: self._attempt(columns)), V)
-        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
-            found = culprit(self.risk.terms(), self._point, self._state, self.strategy, columns)
-            raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
-        return Y
+            return self._attempt(columns)
 
     def _around(self) -> AbstractContextManager[None]:
         """The model at the point, if a product may look at it."""
@@ -178,25 +158,15 @@ class LinearizedHessian(LinearOperator):
             return nullcontext()
         return self.risk.place(self._point, self._state)
 
-    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms:
-        start = time.perf_counter()
-        forms = guarded(lambda: batch_forms(self, self.risk, self._point, self._state, V, batches))
-        self._passes += 1
-        self._products += V.shape[1]
-        self._seconds += time.perf_counter() - start
-        return forms
-
     def _trace_when_used(self, prepared: Preparation) -> None:
         """Exchange the kept maps for traced ones, once, when they have been used much."""
         if prepared.tried_tracing or self._products < TRACE_AFTER:
             return
         if may_trace(self.strategy, self.risk):
-            start = time.perf_counter()
             with grad_enabled(), self.risk.place(self._point, self._state):
                 prepared.trace(self._tracer)
-            self._seconds += time.perf_counter() - start
 
-    def _attempt(self, columns: Params) -> list[Tensor]:
+    def _attempt(self, columns: Params) -> WeightedSum:
         prepared = self._prepared()
         while True:
             try:
@@ -210,7 +180,7 @@ class LinearizedHessian(LinearOperator):
                 if not prepared.release() and not prepared.narrow(columns_in(columns)):
                     raise
 
-    def _product(self, prepared: Preparation, columns: Params) -> list[Tensor]:
+    def _product(self, prepared: Preparation, columns: Params) -> WeightedSum:
         multiply = multiplier(columns)
         width = prepared.columns_at_once() if columns_in(columns) > 1 else 1
         total = WeightedSum(self.risk.average.normalized)
@@ -221,21 +191,20 @@ class LinearizedHessian(LinearOperator):
             total.add(multiply(prepared.linearized(term), width), term.weight)
         self.risk.refuse()
         self._passes += not prepared.complete
-        return total.result()
+        return total
 
     def _prepared(self) -> Preparation:
         if self._preparation is None:
-            start = time.perf_counter()
             with grad_enabled(), self.risk.place(self._point, self._state):
                 self._preparation = settled(self.strategy, self._prepare)
             self._passes += 1
-            self._seconds += time.perf_counter() - start
         return self._preparation
 
     def _prepare(self) -> Preparation:
         """Run batches as one in the first way that gives the product of batches run one by one."""
         prepared = Preparation(self.risk, self.strategy, self._point, self._state, self._budget)
-        joins = [] if isinstance(self.strategy, FiniteDifference) else prepared.joins()
+        exact = getattr(self.strategy, "current", self.strategy).exact
+        joins = prepared.joins() if exact else []
         if concatenated in joins and self.risk.plain:
             pair = prepared.pair(concatenated)  # of ordinary layers two batches tell of all
             if run_as_one(self.strategy, pair, self._point, self._state, self.risk.seed):
@@ -254,7 +223,7 @@ class LinearizedHessian(LinearOperator):
         for join in joins:
             with suppress(Exception):  # batches that do not fit together, ops that vmap cannot do
                 prepared.build(join)
-                product = self._product(prepared, probe)
+                product = self._product(prepared, probe).result()
                 if same(product, truth, self._point, again):
                     return prepared
                 # Concatenation may be wrong, where samples see each other; stacking may not.
@@ -273,7 +242,7 @@ class LinearizedHessian(LinearOperator):
     def _truth(self, prepared: Preparation, probe: Params, point: Params) -> list[Tensor]:
         """A product by the default strategy, batch by batch; empty if that cannot do it."""
         chosen = self.strategy if isinstance(self.strategy, FirstThatWorks) else None
-        reference = chosen or ReverseOverReverse()
+        reference = chosen or self._reference
         multiply = multiplier(probe)
         total = WeightedSum(self.risk.average.normalized)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -87,15 +87,9 @@ def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1).T
 
 
-def in_range(product: Callable[[Tensor], Tensor], V: Tensor, point: Params) -> Tensor:
-    """``product(V)``, by columns of order one where a parameter's dtype could not hold them."""
-    scale = scale_of(V, point)
-    return product(V) if scale is None else product(V / scale) * scale
-
-
-def scale_of(V: Tensor, point: Params) -> Tensor | None:
+def scale_of(V: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
     """Powers of two ``(k,)`` as large as the columns, if some parameter is float16: it ends at 65504."""
-    if all(p.dtype is not torch.float16 for p in point.values()):
+    if torch.float16 not in dtypes:
         return None
     largest = V.abs().amax(0)
     usual = largest.isfinite() & (largest > 0)

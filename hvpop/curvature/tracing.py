@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..risk import EmpiricalRisk
-from ..strategies import Compiled, FirstThatWorks, HVPStrategy, ReverseOverReverse
+from ..strategies import Compiled, FirstThatWorks, HVPStrategy
 
 TRACE_AFTER = 2048
 """Products made before a trace is. It takes what it saves in about as many: on a 64-32-10 network 0.1 s
@@ -16,8 +16,8 @@ product. A number and not a time, so that the same calls give the same bits."""
 class Tracer(Compiled):
     """`Compiled` that nobody has asked for: what cannot be traced is no reason to complain."""
 
-    def __init__(self) -> None:
-        super().__init__(compiler=False)
+    def __init__(self, strategy: HVPStrategy | None = None) -> None:
+        super().__init__(strategy, compiler=False)
 
     def complain(self, reasons: Iterable[str]) -> None:
         for reason in reasons:
@@ -31,7 +31,4 @@ def may_trace(strategy: HVPStrategy, risk: EmpiricalRisk) -> bool:
 
     A trace runs the model on tensors without values: ordinary layers leave none of them anywhere.
     """
-    chosen = isinstance(strategy, FirstThatWorks) and isinstance(
-        strategy.current, ReverseOverReverse
-    )
-    return chosen and risk.plain
+    return isinstance(strategy, FirstThatWorks) and strategy.current.exact and risk.plain

@@ -68,10 +68,17 @@ class HVPStrategy(ABC):
             Return products that autograd can differentiate again with respect to ``params``.
         """
 
+    exact: bool = True
+    """Whether products are right to rounding."""
+
     @property
     def plain(self) -> HVPStrategy:
         """The strategy that this one wraps, if it is costly to set up; otherwise itself."""
         return self
+
+    def within(self, wrap: Callable[[HVPStrategy], HVPStrategy]) -> HVPStrategy:
+        """``wrap(self)``; of a strategy that is made of others, itself made of those wrapped."""
+        return wrap(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -103,6 +103,11 @@ class Compiled(HVPStrategy):
     def __repr__(self) -> str:
         return f"Compiled({self.strategy!r}, compiler={self.compiler})"
 
+    def within(self, wrap: Callable[[HVPStrategy], HVPStrategy]) -> HVPStrategy:
+        wrapped = self.strategy.within(wrap)
+        same = wrapped is self.strategy
+        return self if same else type(self)(wrapped, compiler=self.compiler)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_programs": OrderedDict()}  # a copy traces anew
 

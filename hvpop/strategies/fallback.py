@@ -37,6 +37,9 @@ class FirstThatWorks(HVPStrategy):
         """The strategy at work."""
         return self.chain[0]
 
+    def within(self, wrap: Callable[[HVPStrategy], HVPStrategy]) -> FirstThatWorks:
+        return FirstThatWorks(*(strategy.within(wrap) for strategy in self.chain))
+
     def linearize(
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> LinearMap:

@@ -49,6 +49,8 @@ class FiniteDifference(HVPStrategy):
     tensor([ 6., 12.], dtype=torch.float64)
     """
 
+    exact = False
+
     def __init__(self, step: float | None = None) -> None:
         self.step = step
 

@@ -1,0 +1,175 @@
+"""What averages over data: one hook is the sum over a pass; division, diagnosis and reports are here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import isfinite
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from ..exchange import guarded
+from ..operators import BatchForms, Layout, LinearOperator
+from ..operators.algebra import Product, Transposed
+from ..risk import EmpiricalRisk
+from ..risk.modules import Selection
+from ..strategies import HVPStrategy, Params
+from ..strategies.base import grad_enabled
+from ..strategies.fallback import settled
+from .blocks import picked
+from .check import CheckResult, check
+from .diagnosis import culprit
+from .forms import batch_forms
+from .space import WeightedSum, from_point, layout_of, scale_of, space_of, to_point
+
+T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where products are made: the functions, and the point with all else that they depend on."""
+
+    risk: EmpiricalRisk
+    point: Params
+    state: Params
+
+
+class DataAverage(LinearOperator):
+    """A symmetric matrix over parameters that is the weighted average of one for each batch.
+
+    Three things make one: WHICH matrix a batch's function becomes (``strategy``, which turns it into a
+    linear map), WHERE it is taken (`_place`), and HOW batches are averaged (``risk.average``).
+
+    A subclass says how one pass is made: `_summed`, without communication and without division, so
+    that the pairs of several processes can be added before.
+    """
+
+    def __init__(self, risk: EmpiricalRisk, strategy: HVPStrategy, point: Params) -> None:
+        dtype, device = space_of(point)
+        self._layout = layout_of(point)
+        n = self._layout.size
+        super().__init__((n, n), dtype=dtype, device=device, symmetric=True)
+        self.risk, self.strategy = risk, strategy
+        self._dtypes = {p.dtype for p in point.values()}
+        self._passes = self._products = 0
+        self._seconds = 0.0
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    def _summed(self, V: Tensor) -> WeightedSum:
+        """The sums of ``w_b A_b V`` and of ``w_b`` over the batches of one pass, not divided."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement _summed(V)")
+
+    def _place(self) -> Place:
+        """Where a product made now would be."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement _place()")
+
+    def restricted(self, params: Selection) -> DataAverage:
+        """The same matrix of some of the parameters, in the model's order."""
+        raise NotImplementedError(
+            f"{self!r} has no blocks of its own; take the block of the live operator, then linearize it"
+        )
+
+    # -- public -----------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def block(self, rows: Selection, cols: Selection = None) -> LinearOperator:
+        """The block of some parameters (rows) against others (columns, by default the same).
+
+        Parameters
+        ----------
+        rows, cols
+            As ``params=``: names, globs, modules, a predicate.
+
+        Returns
+        -------
+        LinearOperator
+            Shape ``(entries of rows, entries of cols)``; live, with a true transpose.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from hvpop import HessianOperator
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> H = HessianOperator(model, torch.nn.MSELoss(), [(torch.ones(4, 2), torch.ones(4, 1))])
+        >>> H.block("0.*", "1.weight").shape
+        (9, 3)
+        """
+        above = self.restricted(rows)
+        if cols is None:
+            return above
+        row_names, col_names = above.layout.names, self.restricted(cols).layout.names
+        if row_names == col_names:
+            return above
+        joint = self.restricted([*row_names, *col_names])
+        return Product(picked(joint, row_names), joint, Transposed(picked(joint, col_names)))
+
+    def check(self, batches: int | None = 1) -> CheckResult:
+        """Examine this operator on its first batches (None: on all of them).
+
+        Looks at determinism, symmetry, agreement with finite differences of ``backward()``
+        gradients, agreement of the strategies, parameters without gradient, and layers known to be
+        difficult. Raises nothing; costs some forty gradients on those batches.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from hvpop import HessianOperator
+        >>> model = torch.nn.Linear(2, 1).double()
+        >>> data = [(torch.ones(4, 2).double(), torch.ones(4, 1).double())]
+        >>> HessianOperator(model, torch.nn.MSELoss(), data).check().verdict
+        'healthy'
+        """
+        return guarded(lambda: check(self, batches))
+
+    # -- products ---------------------------------------------------------------------------------
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return guarded(lambda: self._average(V))
+
+    def _average(self, V: Tensor) -> Tensor:
+        scale = scale_of(
+            V, self._dtypes
+        )  # columns of order one where a parameter could not hold them
+        own = V if scale is None else V / scale
+        total = self._timed(own, lambda: settled(self.strategy, lambda: self._summed(own)))
+        Y = from_point(total.result(), V)
+        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
+            risk, point, state = self._place()
+            columns = to_point(own, self.layout, point)
+            found = culprit(risk.terms(), point, state, self.strategy, columns)
+            raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
+        return Y if scale is None else Y * scale
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        def made() -> BatchForms:
+            scale = scale_of(V, self._dtypes)
+            risk, point, state = self._place()
+            columns = to_point(V if scale is None else V / scale, self.layout, point)
+            with grad_enabled(), risk.place(point, state):
+                found = settled(
+                    self.strategy,
+                    lambda: batch_forms(risk, self.strategy, point, state, columns, batches),
+                )
+            if not found.values.isfinite().all():
+                why = culprit(risk.terms(), point, state, self.strategy, columns)
+                raise FloatingPointError(
+                    f"{self!r}: the forms of its batches are not finite; {why}"
+                )
+            self._passes += 1
+            if scale is None:
+                return found
+            return replace(found, values=found.values * scale.double().square().cpu())
+
+        return guarded(lambda: self._timed(V, made))
+
+    def _timed(self, V: Tensor, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = work()
+        self._products += V.shape[1]
+        self._seconds += time.perf_counter() - start
+        return result
