@@ -1,6 +1,6 @@
 """Hessians of PyTorch models as linear operators that SciPy and torch both take."""
 
-from .curvature import HessianOperator, block_diagonal
+from .curvature import GaussNewtonOperator, HessianOperator, block_diagonal
 from .operators import (
     BatchForms,
     BlockDiagonal,
@@ -14,7 +14,7 @@ from .operators import (
     LowRank,
     Restriction,
 )
-from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk
+from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, outputs
 from .strategies import (
     Compiled,
     FiniteDifference,
@@ -40,6 +40,7 @@ __all__ = [
     "FiniteDifference",
     "ForwardOverReverse",
     "FromFunction",
+    "GaussNewtonOperator",
     "HVPStrategy",
     "HessianOperator",
     "Identity",
@@ -49,4 +50,5 @@ __all__ = [
     "Restriction",
     "ReverseOverReverse",
     "block_diagonal",
+    "outputs",
 ]

@@ -15,7 +15,7 @@ LAYERS = {
     3: ("distributed", "functional", "plotting"),
     2: ("curvature", "solvers", "spectrum"),
     1: ("operators", "strategies", "risk"),
-    0: ("graph", "interception"),
+    0: ("graph", "interception", "marker"),
     -1: ("exchange",),
     -2: ("_torch",),
 }

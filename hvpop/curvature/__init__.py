@@ -2,10 +2,18 @@
 
 from .blocks import block_diagonal
 from .check import CheckResult
+from .gauss_newton import GaussNewtonOperator
 from .hessian import HessianOperator
 from .linearized import Linearized, Report
 
 LinearizedHessian = Linearized
 """The name that it had when there was no other matrix."""
 
-__all__ = ["CheckResult", "HessianOperator", "LinearizedHessian", "Report", "block_diagonal"]
+__all__ = [
+    "CheckResult",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "LinearizedHessian",
+    "Report",
+    "block_diagonal",
+]

@@ -149,7 +149,8 @@ def _compare_products(examination: Examination) -> None:
         examination.note("wrong", "block products", what)
     truth, uncertainty = examination.difference(v)
     own = getattr(examination.strategy, "current", examination.strategy)
-    known = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
+    plain = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
+    known = (own.of(strategy) for strategy in plain)
     for strategy in {repr(s): s for s in (*known, own)}.values():
         _time(examination, strategy, v, truth)
     exact = [t for t in examination.timings if t.strategy != "FiniteDifference()"]
@@ -176,7 +177,8 @@ def _judge(
     It means little if these differ among themselves or if there is nothing but rounding, and much if
     ``others``, strategies, agree with them.
     """
-    what = "finite differences of gradients"
+    of_gradients = examination.strategy.of_gradients
+    what = f"finite differences of {'gradients' if of_gradients else 'outputs'}"
     gap = _gap(Hv, truth)
     if gap <= examination.tolerance and truth.norm() > 0:
         examination.note("ok", what, f"differ by {gap:.1e}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..operators import Layout
 from ..risk import EmpiricalRisk, Term
-from ..strategies import HVPStrategy, Params
+from ..strategies import FiniteDifference, HVPStrategy, Params
 from ..strategies.fallback import settled
 from ..strategies.referee import norm
 from ..strategies.rounding import nudged, rounding
@@ -111,7 +111,15 @@ class Examination:
         return v.to(self.H.device, torch.float64 if double else torch.float32)
 
     def difference(self, v: Tensor) -> tuple[Tensor, float]:
-        """``H v`` by differences of gradients, (n, 1) in float64, and its relative uncertainty."""
+        """``H v`` by differences, (n, 1) in float64, and its relative uncertainty.
+
+        Of gradients for the Hessian, of outputs for a matrix that is parted there.
+        """
+        if not self.strategy.of_gradients:
+            eps = self._eps ** (1 / 3)
+            steps = (FiniteDifference(step=eps), FiniteDifference(step=4 * eps))
+            fine, coarse = (self.products(self.strategy.of(step), v)[0].double() for step in steps)
+            return fine, float((coarse - fine).norm() / fine.norm().clamp_min(1e-300))
         direction = {name: column[0] for name, column in self._columns(v).items()}
         found = over_terms(self.risk, self.terms, self.point, self.state, direction)
         pieces = [p.reshape(-1, 1).to(v.device) for p in found.product.values()]

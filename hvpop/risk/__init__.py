@@ -1,5 +1,6 @@
 """Risk: model, loss and data as weighted scalar functions of a dict of parameters."""
 
+from ..marker import outputs
 from .averaging import BATCHES, SAMPLES, TOTAL, Average
 from .empirical import EmpiricalRisk, Term
 from .losses import autoencoder, hugging_face, supervised
@@ -13,5 +14,6 @@ __all__ = [
     "Term",
     "autoencoder",
     "hugging_face",
+    "outputs",
     "supervised",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..marker import outputs
 from .batches import arrays_in
 from .normalisers import Normaliser, normaliser_of
 from .samples import samples_in
@@ -60,10 +61,10 @@ class supervised:  # noqa: N801 (used like a function)
         inputs, targets = self._split(batch)
         try:
             if isinstance(inputs, Mapping):
-                return self.loss(model(**inputs), targets)
+                return self.loss(outputs(model(**inputs)), targets)
             if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):
-                return self.loss(model(*inputs), targets)
-            return self.loss(model(inputs), targets)
+                return self.loss(outputs(model(*inputs)), targets)
+            return self.loss(outputs(model(inputs)), targets)
         except Exception as error:
             if advice := _advice(error, targets):
                 raise type(error)(f"{error}; {advice}") from error

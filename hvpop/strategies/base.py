@@ -68,6 +68,17 @@ class HVPStrategy(ABC):
             Return products that autograd can differentiate again with respect to ``params``.
         """
 
+    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
+        """The map for a single product, by whatever is quickest where hvpop has the choice."""
+        return self.linearize(fn, params, *args)
+
+    def of(self, strategy: HVPStrategy) -> HVPStrategy:
+        """What makes the same matrix, with derivatives taken by another strategy."""
+        return strategy
+
+    of_gradients: bool = True
+    """Whether products are derivatives of the gradient, so that its differences tell what is right."""
+
     exact: bool = True
     """Whether products are right to rounding."""
 

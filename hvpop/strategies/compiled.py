@@ -96,6 +96,13 @@ class Compiled(HVPStrategy):
         self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()
         self._maps = 0
 
+    def of(self, strategy: HVPStrategy) -> HVPStrategy:
+        return self.strategy.of(strategy)
+
+    @property
+    def of_gradients(self) -> bool:  # type: ignore[override]
+        return self.strategy.of_gradients
+
     @property
     def plain(self) -> HVPStrategy:
         return self.strategy.plain
@@ -179,13 +186,15 @@ class Compiled(HVPStrategy):
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         n = len(params)
 
+        untested = getattr(self.strategy, "untested", None) or Untested()
+
         def product(*tensors: Tensor) -> list[Tensor]:
             filled = list(leaves)
             for place, tensor in zip(places, tensors[n:], strict=False):
                 filled[place] = tensor
             point = dict(zip(params, tensors, strict=False))
             v = dict(zip(params, tensors[n + len(places) :], strict=True))
-            linear = Untested().linearize(fn, point, *tree_unflatten(filled, structure))
+            linear = untested.linearize(fn, point, *tree_unflatten(filled, structure))
             return list(linear(v).values())
 
         inputs = [*params.values(), *_tensors(args)]

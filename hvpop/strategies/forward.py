@@ -55,7 +55,7 @@ class ForwardOverReverse(HVPStrategy):
     def linearize(
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> LinearMap:
-        _load_forward_rules()
+        load_forward_rules()
         linear = _TangentOfGradient(self, fn, params, args, differentiable)
         if self.compared == fn or differentiable:
             return linear
@@ -82,7 +82,7 @@ class _TangentOfGradient(LinearMap):
                 dual = {
                     n: forward_ad.make_dual(p, plain(v[n]).to(p.dtype)) for n, p in point.items()
                 }
-                with _ForwardMode(), at(self._fn, dual, *self._args):
+                with ForwardMode(), at(self._fn, dual, *self._args):
                     loss = self._fn(dual, *self._args)
                     if not loss.requires_grad:
                         return filled(point, (None,) * len(point))
@@ -151,7 +151,7 @@ def _compare(product: Params, reference: Params, v: Params, again: Callable[[], 
         )
 
 
-class _ForwardMode(Interception):
+class ForwardMode(Interception):
     """What torch's forward mode does not do by itself.
 
     Under ``torch.no_grad()`` tangents stop as gradients do; torch lets them through. Recurrent
@@ -181,7 +181,7 @@ _FORWARD: Table = {
 
 
 @cache
-def _load_forward_rules() -> None:
+def load_forward_rules() -> None:
     """Let torch load its forward-mode rules, which warns of a deprecation inside torch itself."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")

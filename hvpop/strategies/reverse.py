@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -109,35 +109,29 @@ class Untested(ReverseOverReverse):
         return NOTHING
 
 
-class _DoubleBackward(LinearMap):
-    """The kept graph of a gradient; a product is the transpose of its Jacobian, which is symmetric."""
+class BatchesColumns(Protocol):
+    """What knows of a function whether its columns can be batched."""
 
-    def __init__(
-        self,
-        strategy: ReverseOverReverse,
-        fn: ScalarFunction,
-        point: Params,
-        gradient: tuple[Tensor | None, ...],
-        args: tuple[object, ...],
-        differentiable: bool,
-    ) -> None:
-        self._strategy, self._fn = strategy, fn
-        self._point = point
-        self._args = args
-        self._create_graph = differentiable
-        self._views_as_complex = False  # real parameters, as far as a product has shown
-        # Parameters that enter linearly have a constant gradient, which has no graph to go through.
-        curved = {
-            n: g for n, g in zip(point, gradient, strict=True) if g is not None and g.requires_grad
-        }
-        self._names = list(curved)
-        self._gradient = [g.to_dense() if g.is_sparse else g for g in curved.values()]
+    batches_columns: bool | None
+
+
+class Blockwise(LinearMap):
+    """Small problems take their columns together, once that has been compared with one by one.
+
+    A subclass implements ``_product(v, k)``, of one vector (k None) or of k at once.
+    """
+
+    def __init__(self, strategy: BatchesColumns, point: Params, args: tuple[object, ...]) -> None:
+        self._strategy, self._point, self._args = strategy, point, args
+
+    def _product(self, v: Params, k: int | None = None) -> Params:
+        raise NotImplementedError
 
     def __call__(self, v: Params) -> Params:
-        return self._pull_back([v[name] for name in self._names])
+        return self._product(v)
 
     def columns(self, V: Params) -> Params:
-        if self._create_graph or self._strategy.batches_columns is False or not self._is_small():
+        if self._strategy.batches_columns is False or not self._may_batch():
             return super().columns(V)
         k = next(iter(V.values())).shape[0]
         blocks = []
@@ -148,7 +142,7 @@ class _DoubleBackward(LinearMap):
             blocks.append(block)
         return {name: torch.cat([block[name] for block in blocks]) for name in V}
 
-    def _is_small(self) -> bool:
+    def _may_batch(self) -> bool:
         given = [*self._point.values(), *pytree.tree_leaves(self._args)]
         tensors = [t for t in given if isinstance(t, Tensor)]
         small = BATCHED_NUMEL.get(tensors[0].device.type, BATCHED_NUMEL["cpu"])
@@ -159,7 +153,7 @@ class _DoubleBackward(LinearMap):
         strategy = self._strategy
         k = next(iter(V.values())).shape[0]
         try:
-            products = self._pull_back([V[name] for name in self._names], k)
+            products = self._product(V, k)
         except Exception as error:  # whatever a batching rule runs into
             if out_of_memory(error):
                 raise
@@ -182,6 +176,36 @@ class _DoubleBackward(LinearMap):
                     stacklevel=2,
                 )
         return products if strategy.batches_columns else None
+
+
+class _DoubleBackward(Blockwise):
+    """The kept graph of a gradient; a product is the transpose of its Jacobian, which is symmetric."""
+
+    def __init__(
+        self,
+        strategy: ReverseOverReverse,
+        fn: ScalarFunction,
+        point: Params,
+        gradient: tuple[Tensor | None, ...],
+        args: tuple[object, ...],
+        differentiable: bool,
+    ) -> None:
+        super().__init__(strategy, point, args)
+        self._fn = fn
+        self._create_graph = differentiable
+        self._views_as_complex = False  # real parameters, as far as a product has shown
+        # Parameters that enter linearly have a constant gradient, which has no graph to go through.
+        curved = {
+            n: g for n, g in zip(point, gradient, strict=True) if g is not None and g.requires_grad
+        }
+        self._names = list(curved)
+        self._gradient = [g.to_dense() if g.is_sparse else g for g in curved.values()]
+
+    def _may_batch(self) -> bool:
+        return not self._create_graph and super()._may_batch()
+
+    def _product(self, v: Params, k: int | None = None) -> Params:
+        return self._pull_back([v[name] for name in self._names], k)
 
     def _pull_back(self, cotangents: list[Tensor], k: int | None = None) -> Params:
         if not self._gradient:

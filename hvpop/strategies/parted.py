@@ -1,0 +1,181 @@
+"""A function parted where its loss meets the outputs: their Jacobian, and the loss as a function of them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..exchange import dual_level
+from ..graph import leaves_of
+from ..marker import Cut
+from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
+from .forward import ForwardMode, load_forward_rules
+from .referee import norm
+from .rounding import rounding
+
+Tensors = list[Tensor]
+
+
+class Parted:
+    """A function at a point: ``outputs`` of the parameters, and ``loss`` of ``leaves`` in their place.
+
+    Raises
+    ------
+    ValueError
+        If the function marks no outputs, or one that depends on another.
+    """
+
+    def __init__(
+        self,
+        fn: ScalarFunction,
+        params: Params,
+        args: tuple[object, ...],
+        tangents: Params | None = None,
+    ) -> None:
+        self.fn, self.args = fn, args
+        self.point = leaves(params, differentiable=False)
+        place = self.point
+        if tangents is not None:
+            place = {
+                n: forward_ad.make_dual(p, plain(tangents[n]).to(p.dtype))
+                for n, p in self.point.items()
+            }
+        cut = Cut()
+        with at(fn, place, *args), cut:
+            self.loss = fn(place, *args)
+        self.outputs, self.leaves = cut.outputs, cut.leaves
+        if not self.outputs:
+            raise ValueError(UNMARKED)
+        self.tangents: list[Tensor | None] = []
+        if tangents is not None:
+            duals = [forward_ad.unpack_dual(z) for z in self.outputs]
+            self.outputs = [dual.primal for dual in duals]
+            self.tangents = [dual.tangent for dual in duals]
+            self.loss = forward_ad.unpack_dual(self.loss).primal
+        if len(self.outputs) > 1:
+            self._refuse_chains()
+
+    def around(self) -> AbstractContextManager[None]:
+        """What has to be in force while derivatives are taken."""
+        return at(self.fn, self.point, *self.args)
+
+    def beside(self) -> list[str]:
+        """The parameters that the loss reaches past its outputs."""
+        ends = {id(leaf) for leaf in leaves_of(self.loss)}
+        return [name for name, p in self.point.items() if id(p) in ends]
+
+    def pull(self, s: Tensors, k: int | None = None, *, keep: bool = True) -> Params:
+        """``J' s``."""
+        pairs = [(z, t) for z, t in zip(self.outputs, s, strict=True) if z.requires_grad]
+        if not pairs:
+            return filled(self.point, (None,) * len(self.point), k)
+        found = torch.autograd.grad(
+            [z for z, _ in pairs],
+            list(self.point.values()),
+            [t for _, t in pairs],
+            retain_graph=keep,
+            allow_unused=True,
+            is_grads_batched=k is not None,
+        )
+        return filled(self.point, found, k)
+
+    def _refuse_chains(self) -> None:
+        own = {id(leaf) for leaf in self.leaves}
+        for z in self.outputs:
+            if any(id(leaf) in own for leaf in leaves_of(z)):
+                raise ValueError(
+                    "outputs are marked of which one is computed from another; mark what the loss is "
+                    "handed last, once"
+                )
+
+
+UNMARKED = (
+    "the loss does not say which the outputs of its model are, so that it cannot be parted there; mark "
+    "them where they meet the loss: loss(hvpop.outputs(model(x)), y)"
+)
+
+
+class DoublePullBack:
+    """``J v`` as the transpose of ``u -> J' u``, whose graph is kept (Townsend 2017)."""
+
+    def __init__(self, parted: Parted) -> None:
+        self._like = parted.outputs
+        self._curved = [z for z in parted.outputs if z.requires_grad]
+        self._u = [torch.zeros_like(z).requires_grad_() for z in self._curved]
+        pulled: tuple[Tensor | None, ...] = ()
+        if self._curved:
+            pulled = torch.autograd.grad(
+                self._curved,
+                list(parted.point.values()),
+                self._u,
+                create_graph=True,
+                allow_unused=True,
+            )
+        reached = {
+            n: g
+            for n, g in zip(parted.point, pulled, strict=bool(pulled))
+            if g is not None and g.requires_grad
+        }
+        self._names = list(reached)
+        self.graph = [g.to_dense() if g.is_sparse else g for g in reached.values()]
+
+    def __call__(self, v: Params, k: int | None = None) -> Tensors:
+        found: tuple[Tensor | None, ...] = (None,) * len(self._u)
+        if self.graph:
+            found = torch.autograd.grad(
+                self.graph,
+                self._u,
+                [v[name] for name in self._names],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=k is not None,
+            )
+        given = iter(found)
+        lead = () if k is None else (k,)
+        tangents = [next(given) if z.requires_grad else None for z in self._like]
+        return [
+            z.new_zeros(lead + z.shape) if t is None else t
+            for z, t in zip(self._like, tangents, strict=True)
+        ]
+
+
+def pushed_forward(
+    fn: ScalarFunction, params: Params, args: tuple[object, ...], v: Params
+) -> tuple[Parted, Tensors]:
+    """A parted function, and ``J v`` by dual numbers: both from one evaluation."""
+    load_forward_rules()
+    with grad_enabled(), dual_level(), ForwardMode():
+        parted = Parted(fn, params, args, v)
+        tangents = [
+            torch.zeros_like(z) if t is None else t.detach()
+            for z, t in zip(parted.outputs, parted.tangents, strict=True)
+        ]
+    return parted, tangents
+
+
+class Differences:
+    """``J v`` by central differences of the outputs."""
+
+    def __init__(self, parted: Parted, step: float | None = None) -> None:
+        self._parted = parted
+        step = rounding(parted.point.values()) ** (1 / 3) if step is None else step
+        self._step = step * max(norm(parted.point), 1.0)
+
+    def __call__(self, v: Params, k: int | None = None) -> Tensors:
+        length = norm(v)
+        if length == 0.0:
+            return [torch.zeros_like(z) for z in self._parted.outputs]
+        h = self._step / length
+        pairs = zip(self._at(v, h), self._at(v, -h), strict=True)
+        return [(ahead - behind) / (2 * h) for ahead, behind in pairs]
+
+    def _at(self, v: Params, h: float) -> Tensors:
+        fn, args = self._parted.fn, self._parted.args
+        moved = {n: p.detach() + h * v[n] for n, p in self._parted.point.items()}
+        cut = Cut()
+        with at(fn, moved, *args), cut:
+            fn(moved, *args)
+        return [z.detach() for z in cut.outputs]

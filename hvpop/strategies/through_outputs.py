@@ -1,0 +1,244 @@
+"""Matrices ``J' B J``: B of the loss in the outputs of its model, J the outputs' Jacobian."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .authored import NOTHING, authored, ungraded
+from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
+from .forward import ForwardOverReverse
+from .graphs import NoSecondDerivativeError, check_graph, explained
+from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
+from .referee import generic
+from .reverse import Blockwise
+from .rounding import FLOAT32_TOLERANCE, agree, nudged, reordered, rounding
+
+Middle = Callable[[Parted, list[Tensor]], Callable[[Tensors, int | None], Tensors]]
+"""``middle(parted, places)(s, k)`` is ``B s``, of one s or of k at once.
+
+``places`` are what B is taken in: the outputs as the loss has seen them, and then those parameters
+that it reaches past them, if that is allowed."""
+
+Penalty = Literal["refuse", "add"]
+"""What to do with a loss that reaches parameters past the outputs, as a penalty on them does."""
+
+
+class ThroughOutputs(HVPStrategy):
+    """``J' B J`` of a function that marks its outputs, with J by a strategy's kind of derivative.
+
+    J v is the transpose of the pull-back, transposed once more, on kept graphs; by dual numbers with
+    `ForwardOverReverse`, and for a single product; by differences with `FiniteDifference`.
+
+    Parameters
+    ----------
+    strategy
+        Says how derivatives are taken.
+    middle
+        Makes B.
+    penalty
+        ``"refuse"`` a loss that reaches parameters past its outputs, or ``"add"`` them to the outputs.
+    """
+
+    def __init__(
+        self, strategy: HVPStrategy, middle: Middle, *, penalty: Penalty = "refuse"
+    ) -> None:
+        self.strategy, self.middle, self.penalty = strategy, middle, penalty
+        self.batches_columns: bool | None = None
+        self._tested = True
+        self._known: ScalarFunction | None = None
+        self._proven: frozenset[object] = NOTHING
+        self._forward: tuple[ScalarFunction, bool] | None = None  # whether it may go forward
+
+    def __repr__(self) -> str:
+        return repr(self.strategy)
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.strategy.exact
+
+    of_gradients = False
+
+    def of(self, strategy: HVPStrategy) -> ThroughOutputs:
+        return ThroughOutputs(strategy, self.middle, penalty=self.penalty)
+
+    @property
+    def untested(self) -> ThroughOutputs:
+        """The same where there are no numbers to test with, as in a trace."""
+        untested = copy.copy(self)
+        untested._tested = False
+        return untested
+
+    def linearize(
+        self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
+    ) -> LinearMap:
+        if differentiable:
+            raise NotImplementedError("products of J' B J are not differentiable")
+        if isinstance(self.strategy, ForwardOverReverse):
+            return _Forward(self, fn, params, args)
+        with grad_enabled(), explained(self):
+            parted = Parted(fn, params, args)
+            with ungraded(fn, parted.point), parted.around():
+                linear = _Kept(self, parted)
+        self._examine(linear, params)
+        return linear
+
+    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
+        """The map for a single product: by forward mode, if that has given the same once."""
+        if self._forward is None or self._forward[0] != fn:
+            self._forward = fn, self._forward_agrees(fn, params, args)
+        return (
+            _Forward(self, fn, params, args)
+            if self._forward[1]
+            else self.linearize(fn, params, *args)
+        )
+
+    def _forward_agrees(self, fn: ScalarFunction, params: Params, args: tuple[object, ...]) -> bool:
+        if not self.strategy.exact:
+            return False
+        w = generic(params)
+        truth = self.linearize(fn, params, *args)(w)
+        try:
+            found = _Forward(self, fn, params, args)(w)
+        except Exception as error:  # an op without a forward-mode rule
+            if out_of_memory(error):
+                raise
+            return False
+        if not all(bool(t.isfinite().all()) for t in truth.values()):
+            return False  # somebody else's to tell
+        tolerance = max(FLOAT32_TOLERANCE, reordered(rounding(truth.values())))
+        return agree(
+            found.values(),
+            truth.values(),
+            tolerance,
+            lambda: self.linearize(fn, nudged(params), *args)(w).values(),
+        )
+
+    def _examine(self, linear: _Kept, params: Params) -> None:
+        """What others wrote of the graph of the outputs, refused where its derivative would be wrong."""
+        parted, fn = linear.parted, linear.parted.fn
+        if self._known != fn:
+            self._known, self._proven, self.batches_columns = fn, NOTHING, None
+        found = frozenset().union(*(authored(fn, z) for z in parted.outputs))
+        linear.looks = bool(found)
+        new = found - self._proven
+        if new and self._tested and isinstance(linear.push, DoublePullBack):
+            check_graph(self, [*parted.outputs, *linear.push.graph])
+            self._hold_against_differences(linear, params)
+            self._proven |= new
+
+    def _hold_against_differences(self, linear: _Kept, params: Params) -> None:
+        """Raise if ``J v`` is not that of the outputs, as far as differences can tell."""
+        w = generic(params)
+        with linear.parted.around(), grad_enabled():
+            found, truth = linear.push(w), Differences(linear.parted)(w)
+        off = max(
+            (
+                float((a - b).norm() / b.norm().clamp_min(1e-30))
+                for a, b in zip(found, truth, strict=True)
+            ),
+            default=0.0,
+        )
+        if off > 0.03:
+            raise NoSecondDerivativeError(
+                f"{self!r}: a custom autograd.Function's backward is not the derivative of its forward "
+                f"pass, or cannot be transposed: J v is off by {off:.0e} of what differences of outputs "
+                "give; strategy=FiniteDifference() needs first derivatives only"
+            )
+
+
+class _Middle:
+    """B at a point, with the parameters that the loss reaches past its outputs, if they count."""
+
+    def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
+        self._parted = parted
+        self.beside = parted.beside() if parted.loss.requires_grad else []
+        if self.beside and owner.penalty == "refuse":
+            raise ValueError(
+                f"the loss reaches {', '.join(self.beside[:3])} past the outputs of the model, as a penalty "
+                "on parameters does, which J' B J does not have in it; pass penalty='add' to add its "
+                "Hessian, or leave it out of the loss and add it as an operator"
+            )
+        places = [*parted.leaves, *(parted.point[name] for name in self.beside)]
+        self._times = owner.middle(parted, places)
+
+    def __call__(
+        self, tangents: Tensors, v: Params, k: int | None = None
+    ) -> tuple[Tensors, Params]:
+        given = [*tangents, *(v[name] for name in self.beside)]
+        s = self._times(given, k)
+        count = len(tangents)
+        return s[:count], dict(zip(self.beside, s[count:], strict=True))
+
+    def product(self, tangents: Tensors, v: Params, k: int | None, *, keep: bool) -> Params:
+        s, direct = self(tangents, v, k)
+        product = self._parted.pull(s, k, keep=keep)
+        for name, t in direct.items():
+            product[name] = product[name] + t
+        return product
+
+
+class _Kept(Blockwise):
+    """Graphs of the outputs, of their pull-back and of the loss, for as long as the map lives."""
+
+    def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
+        super().__init__(owner, parted.point, parted.args)
+        self._owner, self.parted = owner, parted
+        self._middle = _Middle(owner, parted)
+        exact = owner.strategy.exact
+        step = getattr(owner.strategy, "step", None)
+        self.push = DoublePullBack(parted) if exact else Differences(parted, step)
+
+    def _may_batch(self) -> bool:
+        return isinstance(self.push, DoublePullBack) and super()._may_batch()
+
+    def _product(self, v: Params, k: int | None = None) -> Params:
+        around = self.parted.around() if self.looks else nullcontext()
+        with grad_enabled(), explained(self._owner), around:
+            product = self._middle.product(self.push(v, k), v, k, keep=True)
+        return {name: t.detach() for name, t in product.items()}
+
+
+class _Forward(LinearMap):
+    """Nothing kept: the outputs with their tangents, and one pass back."""
+
+    def __init__(
+        self, owner: ThroughOutputs, fn: ScalarFunction, params: Params, args: tuple[object, ...]
+    ) -> None:
+        self._owner, self._fn, self._params, self._args = owner, fn, params, args
+
+    def __call__(self, v: Params) -> Params:
+        with grad_enabled(), explained(self._owner):
+            parted, tangents = pushed_forward(self._fn, self._params, self._args, v)
+            with parted.around():
+                product = _Middle(self._owner, parted).product(tangents, v, None, keep=False)
+        return {name: t.detach() for name, t in product.items()}
+
+
+def loss_hessian(parted: Parted, places: list[Tensor]) -> Callable[[Tensors, int | None], Tensors]:
+    """The second derivative of the loss in its outputs."""
+    first: tuple[Tensor | None, ...] = (None,) * len(places)
+    if parted.loss.requires_grad:
+        first = torch.autograd.grad(parted.loss, places, create_graph=True, allow_unused=True)
+    curved = [i for i, g in enumerate(first) if g is not None and g.requires_grad]
+    gradient = [g for g in first if g is not None and g.requires_grad]
+
+    def times(s: Tensors, k: int | None) -> Tensors:
+        found: tuple[Tensor | None, ...] = (None,) * len(places)
+        if gradient:
+            found = torch.autograd.grad(
+                gradient,
+                places,
+                [s[i] for i in curved],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=k is not None,
+            )
+        return [torch.zeros_like(t) if f is None else f for f, t in zip(found, s, strict=True)]
+
+    return times
