@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec
 
 OLDEST, NEWEST = "2.6", "2.15"
 """The releases that the suite is run on, see docs/versions.md."""
@@ -130,6 +132,15 @@ engine = _private(
 )
 
 
+def uses_tensor_cores() -> bool:
+    """Whether float32 on a GPU is rounded to 10 bits somewhere: each kind of op says since 2.9."""
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        users = backends.cudnn.conv, backends.cuda.matmul
+        return any(user.fp32_precision == "tf32" for user in users)
+    return bool(backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32)
+
+
 transforms = _private(
     "torch._C._functorch.peek_interpreter_stack", "to try nothing out within torch.func"
 )
@@ -141,6 +152,16 @@ def _missing(*args: Any, **kwargs: Any) -> Any:
 
 linear_cross_entropy: Any = getattr(torch.nn.functional, "linear_cross_entropy", _missing)
 """With its second derivative in chunks wrong; nobody can call it where it is missing."""
+
+
+def structure(spec: TreeSpec) -> Hashable:
+    """The structure of a pytree as a key; torch makes one of it since 2.7."""
+    try:
+        hash(spec)
+    except TypeError:
+        context = tuple(spec.context) if isinstance(spec.context, list) else spec.context
+        return spec.type, context, tuple(structure(child) for child in spec.children_specs)
+    return spec
 
 
 # --- what is replaced while a model is evaluated -----------------------------------------------------
