@@ -146,12 +146,12 @@ transforms = _private(
 )
 
 
-def _missing(*args: Any, **kwargs: Any) -> Any:
+def missing(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("stands for what this torch does not have")
 
 
-linear_cross_entropy: Any = getattr(torch.nn.functional, "linear_cross_entropy", _missing)
-"""With its second derivative in chunks wrong; nobody can call it where it is missing."""
+linear_cross_entropy: Any = getattr(torch.nn.functional, "linear_cross_entropy", missing)
+"""Since 2.13, with a wrong second derivative in chunks. (What is `missing` nobody calls.)"""
 
 
 def structure(spec: TreeSpec) -> Hashable:
