@@ -181,6 +181,17 @@ CHECKPOINTS = tuple(
 function_apply: Any = vars(torch.autograd.Function)["apply"]
 """A classmethod of Python's; since 2.14 one of C's, which a patch of the class does not reach once it is looked up."""
 
+
+def function_of(node: Any) -> Any:
+    """The class that its author wrote, of the node of a custom Function."""
+    try:
+        return node._forward_cls
+    except AttributeError:
+        raise RuntimeError(_gone(f"{type(node).__name__}._forward_cls", _ONCE)) from None
+
+
+_ONCE = "to see whether a custom Function is once_differentiable"
+
 backward_apply = _private(
     "torch.autograd.function.BackwardCFunction.apply", "to see a custom Function go backward"
 )

@@ -110,7 +110,7 @@ def _fresh(node: fx.Node) -> bool:
 def _expendable(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether the node may write into its first operand, or had no need to."""
     operand, *others = args_of(node)
-    if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not owned(operand):
+    if not isinstance(operand, fx.Node) or not owned(operand) or _like(operand) != _like(node):
         return False
     if operand in others:
         return False
