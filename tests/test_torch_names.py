@@ -18,7 +18,7 @@ from hvpop import HessianOperator, _torch
 from hvpop.risk import canaries, policies
 from hvpop.strategies.graphs import why_missing
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).sin()
 Y = X.flip(0)[:, :2].cos()
@@ -78,10 +78,6 @@ def holding(net: Net) -> Callable[..., Tensor]:
     return again
 
 
-EARLY = Again.apply
-"""Looked up before any patch."""
-
-
 class Halved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -92,8 +88,8 @@ class Halved(torch.autograd.Function):
         return g / 2
 
 
-class HalvedHalf(Halved):
-    """Half a parameter as a whole: the argument of a Function, which no mode sees."""
+EARLY = Halved.apply
+"""Looked up before it is replaced."""
 
 
 def halving(apply: Callable[[Tensor], Tensor]) -> Callable[[Net], Callable[..., Tensor]]:
@@ -129,8 +125,8 @@ NEEDED: dict[str, list[Callable[[Net], Callable[..., Tensor]]]] = {
     "checkpoint._checkpoint_without_reentrant_generator": [always(checkpointed)],
     "checkpoint._checkpoint_without_reentrant_generator_impl": [always(checkpointed)],
     "CheckpointFunction.apply": [always(lambda net, x: checkpointed(net, x, reentrant=True))],
-    "Function.apply": [halving(Halved.apply), halving(lambda x: Halved.apply(x))],
-    "utils.unwrap_dead_wrappers": [halving(Halved.apply), halving(lambda x: Halved.apply(x))],
+    "Function.apply": [halving(EARLY), halving(lambda x: Halved.apply(x))],
+    "utils.unwrap_dead_wrappers": [halving(EARLY), halving(lambda x: Halved.apply(x))],
     "eager_transforms._wrap_for_grad": [transformed],
     "BackwardCFunction.apply": [holding],
     "saved_tensors_hooks.__enter__": [always(checkpointed), holding],
@@ -171,7 +167,7 @@ def test_a_name_that_torch_no_longer_calls_gives_no_wrong_number(
     name: str, make: Any, moved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = product(always(plainly), moved)
-    torch.testing.assert_close(product(make, moved), expected, rtol=1e-6, atol=1e-8)
+    right_or_refused(make, moved, expected)
     canaries.broken.cache_clear()
     patch = policies._Patches._patch
 
@@ -181,6 +177,10 @@ def test_a_name_that_torch_no_longer_calls_gives_no_wrong_number(
         patch(self, owner, attribute, replacement)
 
     monkeypatch.setattr(policies._Patches, "_patch", renamed)
+    right_or_refused(make, moved, expected)
+
+
+def right_or_refused(make: Any, moved: bool, expected: Tensor) -> None:
     said, found = "", expected
     try:
         found = product(make, moved)
@@ -188,6 +188,24 @@ def test_a_name_that_torch_no_longer_calls_gives_no_wrong_number(
         said = str(error)
     assert not said or "hvpop evaluates such models by replacing" in said or "holds on" in said
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*FiniteDifference")
+@pytest.mark.parametrize(
+    ("make", "moved"),
+    [(make, moved) for makes in NEEDED.values() for make in makes for moved in (False, True)],
+)
+def test_nothing_is_refused_but_what_was_looked_up_before_in_c(make: Any, moved: bool) -> None:
+    looked_up = make.__closure__ is not None and EARLY in (
+        c.cell_contents for c in make.__closure__
+    )
+    in_c = type(EARLY).__name__ == "builtin_function_or_method"  # since torch 2.14
+    expected = product(always(plainly), moved)
+    if looked_up and in_c and moved:
+        with pytest.raises(RuntimeError, match="holds on to parameters"):
+            product(make, moved)
+    else:
+        torch.testing.assert_close(product(make, moved), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.usefixtures("_tried_anew")

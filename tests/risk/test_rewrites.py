@@ -541,7 +541,7 @@ PRODUCTS = (reverse_over_reverse, forward_over_reverse)
 both_ways = pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
 # Entering a dual level for the first time compiles decompositions with torch.jit.script.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*"),
     pytest.mark.filterwarnings("ignore:index_reduce.* is in beta:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:.*(nuclear_norm|triangular_solve) is deprecated:UserWarning"
