@@ -131,7 +131,7 @@ class LinearizedHessian(LinearOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled; a copy prepares anew. SciPy has state of its own.
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        state: dict[str, Any] = super().__getstate__()
         return state | {"_preparation": None}
 
     def is_current(self) -> bool:
