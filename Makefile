@@ -1,10 +1,11 @@
 # Every target makes .venv if it is missing; PYTHON chooses the interpreter it is made with.
 PYTHON ?= python3
 BIN := .venv/bin
+NEWEST ?= 2.14.1
 
 KERNELS := kernels-sse42 kernels-avx2 kernels-any-cpu kernels-threads
 
-.PHONY: demo test lint bench sweep docs clean kernels $(KERNELS)
+.PHONY: demo test lint bench sweep docs clean matrix newest kernels $(KERNELS)
 
 demo: .venv/examples
 	$(BIN)/python examples/digits.py
@@ -41,6 +42,14 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# On other torch, Python, NumPy and SciPy: MATRIX=2.6.0,2.13.0/python3.13 chooses (tests/matrix/run.py).
+matrix: .venv/dev
+	$(BIN)/python -m tests.matrix.run $(TESTS)
+
+# The newest torch that is tested, on what differs most between releases; an environment of its own.
+newest: .venv/newest/done
+	.venv/newest/bin/python -m pytest tests/strategies tests/risk tests/zoo tests/test_torch_names.py
+
 bench: .venv/peers
 	$(BIN)/python tests/benchmarks/run.py
 
@@ -52,6 +61,12 @@ docs: .venv/dev
 
 clean:
 	rm -rf .venv output
+
+.venv/newest/done: pyproject.toml .venv/dev
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(NEWEST)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(NEWEST) -e '.[test,models]'
+	touch $@
 
 # Markers of what is installed: each is made again when the requirements change.
 .venv/%: pyproject.toml constraints.txt

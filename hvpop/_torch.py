@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec
 
 OLDEST, NEWEST = "2.6", "2.15"
 """The releases that the suite is run on, see docs/versions.md."""
@@ -130,17 +132,36 @@ engine = _private(
 )
 
 
+def uses_tensor_cores() -> bool:
+    """Whether float32 on a GPU is rounded to 10 bits somewhere: each kind of op says since 2.9."""
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        users = backends.cudnn.conv, backends.cuda.matmul
+        return any(user.fp32_precision == "tf32" for user in users)
+    return bool(backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32)
+
+
 transforms = _private(
     "torch._C._functorch.peek_interpreter_stack", "to try nothing out within torch.func"
 )
 
 
-def _missing(*args: Any, **kwargs: Any) -> Any:
+def missing(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("stands for what this torch does not have")
 
 
-linear_cross_entropy: Any = getattr(torch.nn.functional, "linear_cross_entropy", _missing)
-"""With its second derivative in chunks wrong; nobody can call it where it is missing."""
+linear_cross_entropy: Any = getattr(torch.nn.functional, "linear_cross_entropy", missing)
+"""Since 2.13, with a wrong second derivative in chunks. (What is `missing` nobody calls.)"""
+
+
+def structure(spec: TreeSpec) -> Hashable:
+    """The structure of a pytree as a key; torch makes one of it since 2.7."""
+    try:
+        hash(spec)
+    except TypeError:
+        context = tuple(spec.context) if isinstance(spec.context, list) else spec.context
+        return spec.type, context, tuple(structure(child) for child in spec.children_specs)
+    return spec
 
 
 # --- what is replaced while a model is evaluated -----------------------------------------------------
@@ -159,6 +180,17 @@ CHECKPOINTS = tuple(
 
 function_apply: Any = vars(torch.autograd.Function)["apply"]
 """A classmethod of Python's; since 2.14 one of C's, which a patch of the class does not reach once it is looked up."""
+
+
+def function_of(node: Any) -> Any:
+    """The class that its author wrote, of the node of a custom Function."""
+    try:
+        return node._forward_cls
+    except AttributeError:
+        raise RuntimeError(_gone(f"{type(node).__name__}._forward_cls", _ONCE)) from None
+
+
+_ONCE = "to see whether a custom Function is once_differentiable"
 
 backward_apply = _private(
     "torch.autograd.function.BackwardCFunction.apply", "to see a custom Function go backward"

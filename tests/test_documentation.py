@@ -43,6 +43,8 @@ def test_what_hvpop_exports_explains_itself(name: str) -> None:
     assert (getattr(hvpop, name).__doc__ or "").strip()
 
 
+# torch.optim.LBFGS of 2.8 makes a number of the loss that its user's closure returns.
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path) -> None:
     found = blocks(page.read_text(encoding="utf-8"))

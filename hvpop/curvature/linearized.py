@@ -122,8 +122,9 @@ class Linearized(DataAverage):
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        # Graphs can be neither copied nor pickled; a copy prepares anew.
-        return self.__dict__ | {"_preparation": None}
+        # Graphs can be neither copied nor pickled; a copy prepares anew. SciPy has state of its own.
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_preparation": None}
 
     def is_current(self) -> bool:
         return self._live_risk.fingerprint() == self._fingerprint

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import _torch
 from ..exchange import Exchange, Ungraded, guarded, without_cudnn
 from ..graph import backward, leaves_of
 from ..interception import Interception, Table
-from . import policies
+from . import canaries, policies
 from .description import Description
 from .formulas.convolutions import CONVOLUTIONS
 from .losses import BatchLoss, scalar
@@ -58,6 +59,7 @@ class LossFunction:
         observer: Observer,
         snapshot: Snapshot | None = None,
     ) -> None:
+        _torch.say_if_newer()
         self.now = Description(roots, batch_loss)
         self.hooked = False
         """Whether the last evaluation put hooks on tensors."""
@@ -74,6 +76,8 @@ class LossFunction:
     def look(self) -> Description:
         """What model and loss are now."""
         self.now = Description(self.now.roots, self.now.batch_loss)
+        if not self.now.plain:
+            guarded(canaries.broken)  # here, where nothing is traced
         return self.now
 
     def frozen(self, look: Description) -> LossFunction:
@@ -287,6 +291,7 @@ class _At(Exchange):
         with now.inventory.holding(buffers):
             value = scalar(now.batch_loss(now.roots[""], batch))
         self._function.hooked = bool(policies.hooks)
+        canaries.refuse_what_is_not_seen(value)
         if self._replaced and any(id(leaf) in self._replaced for leaf in leaves_of(value)):
             raise RuntimeError(
                 "the loss holds on to parameters of the model where their exchange cannot be seen (as "

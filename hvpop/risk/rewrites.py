@@ -161,4 +161,5 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.nuclear_norm: spectra.nuclear_norm,
 }
 
+REWRITES.pop(_torch.missing, None)
 REWRITES.update(_where_needed(_in_torchs_words(REWRITES)))

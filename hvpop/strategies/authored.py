@@ -12,8 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
+from .. import _torch
 from ..exchange import Ungraded
 from ..graph import nodes_of
 from .base import LinearMap, Params, ScalarFunction, at
@@ -32,8 +34,9 @@ def authored(fn: ScalarFunction, loss: Tensor) -> frozenset[Any]:
     """
     if getattr(fn, "plain", False):
         return NOTHING
-    functions = (getattr(node, "_forward_cls", None) for node in nodes_of([loss]))
-    found = {f for f in functions if f is not None and not f.__module__.startswith("hvpop.")}
+    custom = (node for node in nodes_of([loss]) if isinstance(node, BackwardCFunction))
+    functions = {_torch.function_of(node) for node in custom}
+    found = {f for f in functions if not f.__module__.startswith("hvpop.")}
     return frozenset(found | {"hooks"} if getattr(fn, "hooked", False) else found)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .. import _torch
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, aligned, grad_enabled
 from .compiling.program import Program, Run, first_line
 from .compiling.tracing import UntraceableError
@@ -316,7 +317,7 @@ class _Map(LinearMap):
 def _signature(arguments: object) -> tuple[Hashable, ...]:
     """All that a trace depends on: structure, tensors' shapes and kinds, and other leaves' values."""
     leaves, structure = tree_flatten(arguments)
-    return (structure, *map(_kind, leaves))
+    return (_torch.structure(structure), *map(_kind, leaves))
 
 
 def _kind(leaf: object) -> Hashable:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from .. import _torch
 from ..graph import nodes_of
@@ -142,8 +142,9 @@ def check_graph(strategy: object, tensors: Iterable[Tensor]) -> None:
 
 
 def _is_once_differentiable(node: Any) -> bool:
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    return getattr(backward, "__code__", None) is _ONCE
+    if not isinstance(node, BackwardCFunction):
+        return False
+    return getattr(_torch.function_of(node).backward, "__code__", None) is _ONCE
 
 
 _ONCE = once_differentiable(lambda ctx: None).__code__  # of the wrapper that the decorator makes

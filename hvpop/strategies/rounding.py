@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import _torch
 
 FLOAT32_TOLERANCE = 1e-4
 """What float32 leaves of a product, relative: models in float64 may have some inside."""
@@ -21,15 +22,9 @@ def rounding(tensors: Iterable[Tensor]) -> float:
     """The eps of the least precise of some numbers, as torch multiplies them."""
     kinds = {(t.dtype, t.device.type) for t in tensors if t.is_floating_point() or t.is_complex()}
     eps = max(torch.finfo(dtype).eps for dtype, _ in kinds)
-    if (torch.float32, "cuda") in kinds and _uses_tensor_cores():
+    if (torch.float32, "cuda") in kinds and _torch.uses_tensor_cores():
         return max(eps, TF32_EPS)
     return eps
-
-
-def _uses_tensor_cores() -> bool:
-    backends: Any = torch.backends  # torch's stubs lack what is asked here
-    users = backends.cudnn.conv, backends.cuda.matmul
-    return any(user.fp32_precision == "tf32" for user in users)
 
 
 def reordered(eps: float) -> float:

@@ -21,7 +21,7 @@ from hvpop.strategies import Compiled, FiniteDifference, ForwardOverReverse, HVP
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 
 class Recurrent(nn.Module):

@@ -14,7 +14,7 @@ from hvpop.risk import EmpiricalRisk
 
 from .problems import random
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 
 def by_functorch(model: nn.Module, batch: Any) -> Tensor:

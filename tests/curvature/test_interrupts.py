@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvpop import ForwardOverReverse, HessianOperator
+from hvpop import ForwardOverReverse, HessianOperator, _torch
 from hvpop.exchange import ONE_THREAD
 
 from .problems import random
@@ -51,7 +51,7 @@ def seen(net: nn.Module, loader: Any) -> dict[str, Any]:
         "grad": torch.is_grad_enabled(),
         "attention": (flags.flash_sdp_enabled(), flags.math_sdp_enabled()),
         "checkpoints": "apply" in vars(checkpoint.CheckpointFunction),
-        "functions": vars(torch.autograd.Function)["apply"].__func__.__module__,
+        "functions": vars(torch.autograd.Function)["apply"] is _torch.function_apply,
         "level": forward_ad._current_level,
         "lock": ONE_THREAD._is_owned(),  # type: ignore[attr-defined]
     }

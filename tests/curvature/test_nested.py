@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -61,6 +63,22 @@ def operator(model: nn.Module, *, loss: Any = entries, data: Any = None, **optio
     return HessianOperator(model, loss, data, average=BATCHES, **options)
 
 
+def _jagged_twice() -> bool:
+    """Whether torch differentiates a linear layer of jagged rows twice: 2.6 does not."""
+    layer = seeded(nn.Linear(4, 3))
+    loss = entries(layer(nested(2, 5)), torch.zeros(2))
+    try:
+        gradient = torch.autograd.grad(loss, list(layer.parameters()), create_graph=True)
+        gradient[0].sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+with warnings.catch_warnings(action="ignore"):
+    TWICE = _jagged_twice()
+
+
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("columns", [(), (3,)])
 def test_a_product_is_that_of_the_same_rows_unnested(name: str, columns: tuple[int, ...]) -> None:
@@ -68,8 +86,12 @@ def test_a_product_is_that_of_the_same_rows_unnested(name: str, columns: tuple[i
     V = random(weights(model), *columns)
     rows = [(torch.cat(x.unbind()), t) for x, t in operator(model).risk._data]
     flat = HessianOperator(model, lambda o, t: o.square().mean(), rows, average=BATCHES)
+    expected, tolerance = flat @ V, 1e-12 if TWICE else DIFFERENCE
+    told = nullcontext() if TWICE else pytest.warns(UserWarning, match="using FiniteDifference")
     for H in (operator(model), operator(model).linearize()):
-        torch.testing.assert_close(H @ V, flat @ V, rtol=1e-12, atol=1e-12)
+        with told:
+            product = H @ V
+        torch.testing.assert_close(product, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ONCE)

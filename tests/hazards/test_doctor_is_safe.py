@@ -80,7 +80,7 @@ HEALTHY: dict[str, Callable[[], HessianOperator]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_operator_is_called_healthy(name: str) -> None:
     result = HEALTHY[name]().check(batches=None)

@@ -65,7 +65,9 @@ def test_it_is_on_again_after_an_error() -> None:
 
 @pytest.fixture(params=["conv", "rnn"])
 def _precise(request: pytest.FixtureRequest) -> Iterator[None]:
-    backend = getattr(torch.backends.cudnn, request.param)
+    backend = getattr(torch.backends.cudnn, request.param, None)
+    if backend is None:
+        pytest.skip("each kind of op has a precision of its own since torch 2.9")
     before = backend.fp32_precision
     backend.fp32_precision = "ieee"
     yield

@@ -35,23 +35,28 @@ def test_the_least_precise_numbers_decide() -> None:
 
 @pytest.fixture
 def precision() -> Iterator[Any]:
-    """The switches of convolutions and matrix products, put back afterwards."""
+    """Sets what convolutions or matrix products use tensor cores for; put back afterwards."""
     backends: Any = torch.backends
-    users = backends.cudnn.conv, backends.cuda.matmul
-    before = [user.fp32_precision for user in users]
-    yield users
-    for user, was in zip(users, before, strict=True):
-        user.fp32_precision = was
+    if hasattr(backends.cudnn, "conv"):
+        users = {"conv": backends.cudnn.conv, "matmul": backends.cuda.matmul}
+        name, values = "fp32_precision", ("ieee", "tf32")
+    else:  # before torch 2.9
+        users = {"conv": backends.cudnn, "matmul": backends.cuda.matmul}
+        name, values = "allow_tf32", (False, True)
+    before = {key: getattr(user, name) for key, user in users.items()}
+    yield lambda key, on: setattr(users[key], name, values[on])
+    for key, was in before.items():
+        setattr(users[key], name, was)
 
 
 def test_float32_on_a_gpu_is_as_precise_as_the_user_lets_it_be(precision: Any) -> None:
-    convolutions, products = precision
     on_gpu = [numbers(torch.float32, "cuda")]
-    convolutions.fp32_precision = "tf32"
+    precision("matmul", False)
+    precision("conv", True)
     assert rounding(on_gpu) == TF32_EPS
-    convolutions.fp32_precision = "ieee"
+    precision("conv", False)
     assert rounding(on_gpu) == eps(torch.float32)
-    products.fp32_precision = "tf32"
+    precision("matmul", True)
     assert rounding(on_gpu) == TF32_EPS
     assert rounding([numbers(torch.float64, "cuda")]) == eps(torch.float64)
 

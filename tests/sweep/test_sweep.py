@@ -13,7 +13,7 @@ from .judge import judged
 from .problems import Called, Problem
 from .table import kind, table
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 
 class Forgetful(torch.autograd.Function):

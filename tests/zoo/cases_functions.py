@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ingredients import Apply, least_squares
+from .ingredients import Apply, is_twice_differentiable, least_squares
 from .registry import Problem, case
 
 Map = Callable[[Tensor], Tensor]
@@ -193,14 +194,6 @@ SHAPES: dict[str, Map] = {
     "cummax": lambda x: x.cummax(1).values * x,
     "amin": lambda x: x.amin(1).exp(),
     "to_sparse_and_back": lambda x: (x * x).to_sparse().to_dense(),
-    "grid_sample_3d": lambda x: F.grid_sample(
-        x[:, :8].reshape(-1, 1, 2, 2, 2),
-        0.5 * x[:, :3].tanh().view(-1, 1, 1, 1, 3),
-        align_corners=False,
-    ),
-    "grid_sample_bicubic": lambda x: F.grid_sample(
-        x.view(-1, 1, 3, 3), 0.5 * x[:, :8].tanh().view(-1, 2, 2, 2), "bicubic", align_corners=False
-    ),
     "max_with_indices": lambda x: x.max(1).values.exp(),
     "flip_roll_cat": lambda x: torch.cat([x.flip(1) * x, x.roll(2, 1)], 1),
     "as_strided": lambda x: x.contiguous().as_strided((len(x), 4, 3), (9, 2, 1)).square(),
@@ -211,12 +204,24 @@ SHAPES: dict[str, Map] = {
     "expanded_result": lambda x: x.sum(1, keepdim=True).square().expand(-1, 4),
     "slice_assignment": slices,
     "in_place_operations": in_place,
-    "grid_sample": sample_bilinearly,
-    "affine_grid": affine_grid,
     "user_vmap": lambda x: torch.func.vmap(lambda row: torch.outer(row, row.sin()))(x),
     "user_checkpointed_lambda": lambda x: torch.utils.checkpoint.checkpoint(
         lambda y: y.sin() * y, x, use_reentrant=False
     ),
+}
+
+
+SAMPLES: dict[str, Map] = {
+    "grid_sample_3d": lambda x: F.grid_sample(
+        x[:, :8].reshape(-1, 1, 2, 2, 2),
+        0.5 * x[:, :3].tanh().view(-1, 1, 1, 1, 3),
+        align_corners=False,
+    ),
+    "grid_sample_bicubic": lambda x: F.grid_sample(
+        x.view(-1, 1, 3, 3), 0.5 * x[:, :8].tanh().view(-1, 2, 2, 2), "bicubic", align_corners=False
+    ),
+    "grid_sample": sample_bilinearly,
+    "affine_grid": affine_grid,
 }
 
 
@@ -240,9 +245,18 @@ def segments(x: Tensor) -> Tensor:
 
 
 # No double backward, no rewrite: differences of gradients, announced.
-case("segment_reduce", warns="segment_reduce", tolerance=1e-6, agreement=1e-6)(
-    lambda: between(segments)
-)
+BY_DIFFERENCES: dict[str, Any] = {
+    "warns": "no double backward",
+    "tolerance": 1e-6,
+    "agreement": 1e-6,
+}
+
+case("segment_reduce", **BY_DIFFERENCES)(lambda: between(segments))
+
+for _name, _function in SAMPLES.items():
+    case(_name, **{} if is_twice_differentiable(_function) else BY_DIFFERENCES)(
+        lambda function=_function: between(function)
+    )
 
 
 @torch.compile(backend="aot_eager")

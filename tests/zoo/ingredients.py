@@ -29,6 +29,17 @@ def tokens(length: int = 5, vocabulary: int = 7, classes: int = 3) -> list[Pair]
     return [(torch.randint(vocabulary, (b, length)), torch.randint(classes, (b,))) for b in SIZES]
 
 
+def is_twice_differentiable(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the torch at hand has the second derivative of a function of rows (b, 9)."""
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(2, 9).requires_grad_()
+    try:
+        gradient = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)[0]
+        gradient.sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Apply(nn.Module):
     """A function as a module without parameters."""
 

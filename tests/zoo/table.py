@@ -78,6 +78,7 @@ def rewritten() -> Rows:
     table = source[source.index("\nREWRITES") :]
     found = re.findall(r"^    ([\w.]+): [\w.]+,(?:  # (.*))?$", table, re.MULTILINE)
     for name, remark in found:
+        name = name.replace("_torch.", "F.")  # where not every torch has it
         if remark:
             rows.append((f"`{name}`", remark))
         else:  # another spelling of the op above

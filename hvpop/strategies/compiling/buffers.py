@@ -110,7 +110,7 @@ def _fresh(node: fx.Node) -> bool:
 def _expendable(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether the node may write into its first operand, or had no need to."""
     operand, *others = args_of(node)
-    if not isinstance(operand, fx.Node) or _like(operand) != _like(node) or not owned(operand):
+    if not isinstance(operand, fx.Node) or not owned(operand) or _like(operand) != _like(node):
         return False
     if operand in others:
         return False
@@ -129,9 +129,18 @@ def _plain_form(target: OpOverload) -> OpOverload | None:
     """``aten::mul`` for ``aten::mul_``, if there is one that takes the same arguments."""
     namespace, name = target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    plain: OpOverload | None = getattr(packet, target._overloadname, None)
-    taken, given = ([str(a.type) for a in t._schema.arguments] for t in (plain or target, target))
-    return plain if taken == given else None
+    if packet is None or not name.endswith("_"):
+        return None
+    forms: list[OpOverload] = [getattr(packet, overload) for overload in packet.overloads()]
+    same = [
+        form for form in forms if not form._schema.is_mutable and _taken(form) == _taken(target)
+    ]
+    return same[0] if same else None
+
+
+def _taken(target: OpOverload) -> list[tuple[str, Any]]:
+    """The types and defaults of an operation's arguments; their names differ (``pow_``, ``pow``)."""
+    return [(str(a.type), a.default_value) for a in target._schema.arguments]
 
 
 def _unpromoted(node: fx.Node, plain: OpOverload) -> bool:

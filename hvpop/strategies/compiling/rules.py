@@ -91,7 +91,11 @@ def _copy(w: Writer, node: fx.Node, a: Value, **options: Any) -> Value | None:
 
 
 def _overwrite(w: Writer, node: fx.Node, a: Value, b: Value, *_: Any) -> Value | None:
-    return expand(w, node, b) if w.varies(b) and _alike(node, args_of(node)[1]) else None
+    if not _alike(node, args_of(node)[1]):
+        return None
+    if w.varies(b):
+        return expand(w, node, b)
+    return w.call(aten.expand.default, b, list(shape_of(node)))  # nothing of what was there is left
 
 
 def _zeros_like(w: Writer, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
