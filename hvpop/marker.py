@@ -42,6 +42,11 @@ def outputs(z: T) -> T:
     return z if _HERE.cut is None else _HERE.cut.marked(z)
 
 
+def is_cut() -> bool:
+    """Whether marks count."""
+    return _HERE.cut is not None
+
+
 class Cut(Exchange):
     """While it is active, a loss is handed leaves in place of what is marked; both are remembered.
 

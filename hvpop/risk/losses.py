@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..marker import outputs
+from ..interception import Interception
+from ..marker import is_cut, outputs
 from .batches import arrays_in
 from .normalisers import Normaliser, normaliser_of
 from .samples import samples_in
@@ -127,11 +130,13 @@ class hugging_face:  # noqa: N801
     """Batches that are mappings with labels, for a model that computes its own loss: ``model(**batch).loss``.
 
     The weight is the number of labels that count: those that are not -100, and for causal language
-    models not the first of each sequence, which nothing predicts.
+    models not the first of each sequence, which nothing predicts. The outputs are what the model's
+    head hands to torch's loss functions: its logits.
     """
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        loss = model(**batch).loss
+        with Interception(_MARKED) if is_cut() else nullcontext():
+            loss = model(**batch).loss
         if loss is None:
             raise ValueError(
                 f"{type(model).__name__} returned no loss: its batches need labels, "
@@ -148,6 +153,27 @@ class hugging_face:  # noqa: N801
             return float(labels.numel())
         shifted = labels.ndim > 1 and _predicts_next_tokens(model)
         return _counted(labels[..., 1:] if shifted else labels)
+
+
+def _marking(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def marked(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return loss(outputs(input), *args, **kwargs)
+
+    return marked
+
+
+_MARKED = {
+    loss: _marking(loss)
+    for loss in (
+        F.cross_entropy,
+        F.mse_loss,
+        F.binary_cross_entropy_with_logits,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.nll_loss,
+    )
+}
+"""The loss functions of heads that compute their loss themselves."""
 
 
 def _predicts_next_tokens(model: nn.Module) -> bool:
