@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +18,8 @@ from .referee import generic
 from .reverse import Blockwise
 from .rounding import FLOAT32_TOLERANCE, agree, nudged, reordered, rounding
 
-Middle = Callable[[Parted, list[Tensor]], Callable[[Tensors, int | None], Tensors]]
-"""``middle(parted, places)(s, k)`` is ``B s``, of one s or of k at once.
-
-``places`` are what B is taken in: the outputs as the loss has seen them, and then those parameters
-that it reaches past them, if that is allowed."""
-
-Penalty = Literal["refuse", "add"]
-"""What to do with a loss that reaches parameters past the outputs, as a penalty on them does."""
+Middle = Callable[[Parted], Callable[[Tensors, int | None], Tensors]]
+"""``middle(parted)(s, k)`` is ``B s``, of one s or of k at once."""
 
 
 class ThroughOutputs(HVPStrategy):
@@ -41,14 +34,10 @@ class ThroughOutputs(HVPStrategy):
         Says how derivatives are taken.
     middle
         Makes B.
-    penalty
-        ``"refuse"`` a loss that reaches parameters past its outputs, or ``"add"`` them to the outputs.
     """
 
-    def __init__(
-        self, strategy: HVPStrategy, middle: Middle, *, penalty: Penalty = "refuse"
-    ) -> None:
-        self.strategy, self.middle, self.penalty = strategy, middle, penalty
+    def __init__(self, strategy: HVPStrategy, middle: Middle) -> None:
+        self.strategy, self.middle = strategy, middle
         self.batches_columns: bool | None = None
         self._tested = True
         self._known: ScalarFunction | None = None
@@ -65,7 +54,7 @@ class ThroughOutputs(HVPStrategy):
     of_gradients = False
 
     def of(self, strategy: HVPStrategy) -> ThroughOutputs:
-        return ThroughOutputs(strategy, self.middle, penalty=self.penalty)
+        return ThroughOutputs(strategy, self.middle)
 
     @property
     def untested(self) -> ThroughOutputs:
@@ -152,35 +141,16 @@ class ThroughOutputs(HVPStrategy):
             )
 
 
-class _Middle:
-    """B at a point, with the parameters that the loss reaches past its outputs, if they count."""
-
-    def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
-        self._parted = parted
-        self.beside = parted.beside() if parted.loss.requires_grad else []
-        if self.beside and owner.penalty == "refuse":
-            raise ValueError(
-                f"the loss reaches {', '.join(self.beside[:3])} past the outputs of the model, as a penalty "
-                "on parameters does, which J' B J does not have in it; pass penalty='add' to add its "
-                "Hessian, or leave it out of the loss and add it as an operator"
-            )
-        places = [*parted.leaves, *(parted.point[name] for name in self.beside)]
-        self._times = owner.middle(parted, places)
-
-    def __call__(
-        self, tangents: Tensors, v: Params, k: int | None = None
-    ) -> tuple[Tensors, Params]:
-        given = [*tangents, *(v[name] for name in self.beside)]
-        s = self._times(given, k)
-        count = len(tangents)
-        return s[:count], dict(zip(self.beside, s[count:], strict=True))
-
-    def product(self, tangents: Tensors, v: Params, k: int | None, *, keep: bool) -> Params:
-        s, direct = self(tangents, v, k)
-        product = self._parted.pull(s, k, keep=keep)
-        for name, t in direct.items():
-            product[name] = product[name] + t
-        return product
+def _middle(owner: ThroughOutputs, parted: Parted) -> Callable[[Tensors, int | None], Tensors]:
+    """``B s`` at a point; a loss that reaches parameters past its outputs is refused."""
+    beside = parted.beside() if parted.loss.requires_grad else []
+    if beside:
+        raise ValueError(
+            f"the loss reaches {', '.join(beside[:3])} past the outputs of the model, as a penalty "
+            "on parameters does, which J' B J does not have in it; leave it out of the loss, and add "
+            "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G)"
+        )
+    return owner.middle(parted)
 
 
 class _Kept(Blockwise):
@@ -189,7 +159,7 @@ class _Kept(Blockwise):
     def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
         super().__init__(owner, parted.point, parted.args)
         self._owner, self.parted = owner, parted
-        self._middle = _Middle(owner, parted)
+        self._middle = _middle(owner, parted)
         exact = owner.strategy.exact
         step = getattr(owner.strategy, "step", None)
         self.push = DoublePullBack(parted) if exact else Differences(parted, step)
@@ -200,7 +170,7 @@ class _Kept(Blockwise):
     def _product(self, v: Params, k: int | None = None) -> Params:
         around = self.parted.around() if self.looks else nullcontext()
         with grad_enabled(), explained(self._owner), around:
-            product = self._middle.product(self.push(v, k), v, k, keep=True)
+            product = self.parted.pull(self._middle(self.push(v, k), k), k)
         return {name: t.detach() for name, t in product.items()}
 
 
@@ -216,12 +186,13 @@ class _Forward(LinearMap):
         with grad_enabled(), explained(self._owner):
             parted, tangents = pushed_forward(self._fn, self._params, self._args, v)
             with parted.around():
-                product = _Middle(self._owner, parted).product(tangents, v, None, keep=False)
+                product = parted.pull(_middle(self._owner, parted)(tangents, None), keep=False)
         return {name: t.detach() for name, t in product.items()}
 
 
-def loss_hessian(parted: Parted, places: list[Tensor]) -> Callable[[Tensors, int | None], Tensors]:
+def loss_hessian(parted: Parted) -> Callable[[Tensors, int | None], Tensors]:
     """The second derivative of the loss in its outputs."""
+    places = parted.leaves
     first: tuple[Tensor | None, ...] = (None,) * len(places)
     if parted.loss.requires_grad:
         first = torch.autograd.grad(parted.loss, places, create_graph=True, allow_unused=True)
