@@ -53,16 +53,20 @@ class Measured(Composite):
         self._unit[0] = unit
 
     def _apply(self, V: Tensor) -> Tensor:
-        Y = self._in_units(self.parts[0] @ V, V)
+        Y = self._in_units(self.parts[0], V)
         if self.taken is not None:
             self.taken.append((V, Y))
         return Y
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
-        return self._in_units(self.parts[0].T @ U, U)
+        return self._in_units(self.parts[0].T, U)
 
-    def _in_units(self, Y: Tensor, V: Tensor) -> Tensor:
+    def _in_units(self, A: LinearOperator, V: Tensor) -> Tensor:
+        # small entries of a small product would underflow: those of a larger vector do not
+        lift = max(self._unit[0], 2.0**-100) if 0.0 < self._unit[0] < 1.0 else 1.0
+        Y: Tensor = A @ (V if lift == 1.0 else V / lift)
         finite(self.who, self.parts[0], Y)
         if self._unit[0] == 0.0:
             self._unit[0] = unit(Y, V)
-        return Y if self.unit == 1.0 else Y / self.unit
+        rest = self.unit / lift
+        return Y if rest == 1.0 else Y.div_(rest)

@@ -34,9 +34,9 @@ class SplitSampling(Completing[SplitState]):
         return SplitState(Split.empty(self.A, self.dtype), self.nothing())
 
     def sampled(self, state: SplitState, left: int) -> SplitState:
-        (m, n), affordable = self.A.shape, left // self.unit
-        sketch = self.drawn(probes.gaussian, m, state, affordable, "sketch")
-        G = self.drawn(probes.signs, n, state, affordable, "probe")
+        affordable = left // self.unit
+        sketch = self.drawn(probes.gaussian, self.A.T.space, state, affordable, "sketch")
+        G = self.drawn(probes.signs, self.space, state, affordable, "probe")
         A, count = self.source, G.shape[1]
         if A.symmetric:  # one pass for both
             both = A @ torch.cat([sketch, G], 1)
@@ -84,8 +84,7 @@ class LeaveOutSampling(Completing[LeaveOutState]):
     draw: Callable[..., Tensor]  # one of the functions of `probes`
 
     def sampled(self, state: LeaveOutState, left: int) -> LeaveOutState:
-        n = self.A.shape[0]
-        Omega = self.drawn(self.draw, n, state, left // self.unit)
+        Omega = self.drawn(self.draw, self.space, state, left // self.unit)
         Y = self.source @ Omega
         if self.keep and self.flat(state, extend(state.sketch.Q, Y)[0]):
             return replace(state, products=state.products + Omega.shape[1])

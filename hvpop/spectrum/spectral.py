@@ -43,7 +43,7 @@ class SpectralSampling(Sampling[Q]):
         affordable = self.block if whole else max(1, left // self.length(state))
 
         def begin() -> Recurrences | Block:
-            V = self.drawn(probes.gaussian, n, state, affordable)
+            V = self.drawn(probes.gaussian, self.space, state, affordable)
             return Block.begin(V) if n <= max(self.budget, SMALL) else Recurrences.begin(V)
 
         return state.quadrature.stepped(self.source, begin)

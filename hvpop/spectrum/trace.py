@@ -125,7 +125,7 @@ class _Hutchinson(_Trace[_Samples]):
         return _Samples(torch.empty(0, dtype=torch.float64), self.nothing())
 
     def sampled(self, state: _Samples, left: int) -> _Samples:
-        V = self.drawn(probes.signs, self.A.shape[0], state, left)
+        V = self.drawn(probes.signs, self.space, state, left)
         values = torch.cat([state.values, (V * (self.source @ V)).sum(0).cpu().double()])
         return replace(state, values=values, products=state.products + V.shape[1])
 
