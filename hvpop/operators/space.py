@@ -44,6 +44,11 @@ class Space:
         # numbers in float64 at a time: what the second-level cache of one core holds, or many threads need
         self._chunk = 1 << 16 if device.type == "cpu" else 1 << 24
 
+    @staticmethod
+    def of(V: Tensor) -> Space:
+        """That of vectors held whole, ``(n,)`` or ``(n, k)``."""
+        return Space(V.shape[0], V.dtype, V.device)
+
     # -- vectors ----------------------------------------------------------------------------------
 
     def empty(self, count: int) -> Tensor:
@@ -159,7 +164,8 @@ class Space:
         L, failed = torch.linalg.cholesky_ex(G / size / size[:, None])
         if int(failed) or float(L.diagonal().min()) < 1e-3:
             return None
-        return L.T * size
+        R: Tensor = L.T * size
+        return R
 
     def _by_chunks(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """By orthonormal bases of chunks, then of what they have in common (Demmel et al., 2012)."""

@@ -201,7 +201,7 @@ def digest(V: Tensor | None) -> str | None:
     if V is None:
         return None
     columns = V.detach().reshape(V.shape[0], -1)
-    space = Space(V.shape[0], V.dtype, V.device)
+    space = Space.of(columns)
     numbers = space.inner(probes.gaussian(space, 1, "digest"), columns)[0].tolist()
     return " ".join(f"{value:.6e}" for value in numbers)
 

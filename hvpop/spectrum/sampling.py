@@ -34,15 +34,20 @@ class Band:
 
     def error(self) -> float:
         """Half the width, in the Euclidean norm if there are many entries."""
-        return float(torch.linalg.vector_norm((self.high - self.low) / 2))
+        return _length((self.high - self.low) / 2)
 
     def size(self) -> float:
         """The norm of the value."""
-        return float(torch.linalg.vector_norm(self.value))
+        return _length(self.value)
 
     def scaled(self, unit: float) -> Band:
         """For a multiple of the operator."""
         return Band(*(unit * part for part in vars(self).values()))
+
+
+def _length(x: Tensor) -> float:
+    columns = x.reshape(-1, 1)
+    return float(Space.of(columns).norms(columns))
 
 
 def student(value: Tensor, standard_error: Tensor, samples: int) -> Band:
@@ -277,7 +282,7 @@ class Completing(Sampling[C]):
         if not self.exhausted(state):
             return student(value, value, 0)
         eps = torch.finfo(self.dtype).eps
-        rounding = 10 * eps ** (0.75 if probes_ else 1.0) * float(known.AQ.norm())
+        rounding = 10 * eps ** (0.75 if probes_ else 1.0) * _length(known.AQ.T)
         return Band(value, torch.zeros_like(value), value - rounding, value + rounding)
 
     def _completes(self, state: C) -> bool:

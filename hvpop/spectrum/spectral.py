@@ -44,7 +44,8 @@ class SpectralSampling(Sampling[Q]):
 
         def begin() -> Recurrences | Block:
             V = self.drawn(probes.gaussian, self.space, state, affordable)
-            return Block.begin(V) if n <= max(self.budget, SMALL) else Recurrences.begin(V)
+            kind = Block if n <= max(self.budget, SMALL) else Recurrences
+            return kind.begin(self.space, V)
 
         return state.quadrature.stepped(self.source, begin)
 

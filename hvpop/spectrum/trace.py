@@ -112,7 +112,7 @@ class _Samples:
 
 class _Trace(Completing[C]):
     def of_matrix(self, known: Known) -> Tensor:
-        part: Tensor = (known.Q * known.AQ).sum().cpu().double()
+        part = self.space.dots(known.Q, known.AQ).sum().cpu()
         extrapolated: Tensor = part * (self.order / max(1, known.count))
         return extrapolated
 
@@ -126,7 +126,7 @@ class _Hutchinson(_Trace[_Samples]):
 
     def sampled(self, state: _Samples, left: int) -> _Samples:
         V = self.drawn(probes.signs, self.space, state, left)
-        values = torch.cat([state.values, (V * (self.source @ V)).sum(0).cpu().double()])
+        values = torch.cat([state.values, self.space.dots(V, self.source @ V).cpu()])
         return replace(state, values=values, products=state.products + V.shape[1])
 
     def samples(self, state: _Samples) -> int:
@@ -141,9 +141,9 @@ class _HutchPlusPlus(SplitSampling, _Trace[SplitState]):
 
     def read(self, state: SplitState) -> Band:
         split = state.split
-        inside = (split.Q * split.Z).sum().cpu().double()
-        PG, APG = split.outside()
-        band = mean((PG * APG).sum(0).cpu().double())
+        inside = self.space.dots(split.Q, split.Z).sum().cpu()
+        PG, APG = split.outside(self.space)
+        band = mean(self.space.dots(PG, APG).cpu())
         return Band(band.value + inside, band.standard_error, band.low + inside, band.high + inside)
 
 
