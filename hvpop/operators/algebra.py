@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from . import crossing
 from .base import LinearOperator, Memory
 from .basic import Identity
 from .forms import BatchForms
@@ -198,7 +199,8 @@ def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:
 def _plus(Y: Tensor, part: LinearOperator, V: Tensor) -> Tensor:
     """``Y + part V``; without a block for a multiple of the identity."""
     if type(part) is Scaled and type(part.parts[0]) is Identity:
-        return torch.add(Y, V, alpha=part.scale)
+        own = crossing.writable(Y, V)
+        return Y.add_(V, alpha=part.scale) if own else torch.add(Y, V, alpha=part.scale)
     return Y + part._apply(V)
 
 

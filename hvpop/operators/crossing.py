@@ -128,6 +128,12 @@ def _product(A: LinearOperator, hook: Callable[[Tensor], Tensor], m: int, x: Ten
     return Y.clone() if shared else Y
 
 
+def writable(Y: Tensor, V: Tensor) -> bool:
+    """Whether the product ``Y`` of ``V`` is a block of its own, which a sum may be gathered in."""
+    plain = Y.is_contiguous() or Y.T.is_contiguous()
+    return plain and Y.untyped_storage().data_ptr() != V.untyped_storage().data_ptr()
+
+
 def _rounded(A: LinearOperator, Y: Tensor, dtype: torch.dtype) -> Tensor:
     """The product in the dtype of the vector, unless that ends before it."""
     rounded = Y.to(dtype)

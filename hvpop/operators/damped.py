@@ -74,7 +74,8 @@ class Damped(Composite):
         """``Y + D V``; without a block for ``D V`` where the rule is the usual one."""
         if type(self).damping is not Damped.damping:
             return Y + self.damping(V)
-        return torch.addcmul(Y, self._damping.to(V.dtype), V)
+        D = self._damping.to(V.dtype)
+        return Y.addcmul_(D, V) if crossing.writable(Y, V) else torch.addcmul(Y, D, V)
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.operator._batch_forms(V, batches)

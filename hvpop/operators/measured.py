@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .algebra import Composite
 from .base import LinearOperator
+from .space import Space
 
 
 def unit(Y: Tensor, V: Tensor | None = None) -> float:
@@ -15,11 +16,12 @@ def unit(Y: Tensor, V: Tensor | None = None) -> float:
 
     Dividing by it changes no digit. 0 for zero.
     """
-    if Y.numel() == 0 or not bool(Y.any()):
+    largest = float(Space.of(Y).largest(Y).max()) if Y.numel() else 0.0
+    if largest == 0.0:
         return 0.0
-    _, exponent = math.frexp(float(Y.abs().max()))
+    exponent = math.frexp(largest)[1]
     if V is not None:
-        exponent -= math.frexp(float(V.abs().max()))[1]
+        exponent -= math.frexp(float(Space.of(V).largest(V).max()))[1]
     # a square of 2^20 times anything usual exists in every dtype
     return 1.0 if abs(exponent) <= 20 else math.ldexp(1.0, max(-1070, min(exponent, 1023)))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
 from . import operand, probes, spread
 from .known import Known
@@ -24,10 +24,10 @@ TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 def trace(
     A: LinearOperator,
     *,
-    method: TraceMethod = "xtrace",
+    method: TraceMethod | None = None,
     rtol: float | None = 0.02,
     max_products: int = 400,
-    block: int = 16,
+    block: int | None = None,
     seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -39,7 +39,8 @@ def trace(
     ----------
     A : LinearOperator
         Square; symmetric for "hutch++" and "xtrace".
-    method : {"xtrace", "hutch++", "hutchinson"}
+    method : {"xtrace", "hutch++", "hutchinson"}, optional
+        Default: "xtrace" up to ``2^20`` entries, and beyond "hutchinson", which keeps no vectors.
         "hutchinson" averages ``z' A z`` over random signs (Girard 1987, Hutchinson 1990); its error
         falls as the square root of the products. "hutch++" takes the trace exactly on a sketch of
         the range and samples the rest (Meyer, Musco, Musco and Woodruff 2021). "xtrace" makes every
@@ -51,8 +52,9 @@ def trace(
     max_products : int
         The budget. Never more than ``n`` are taken: where sampling would take as many, and the budget
         allows it, the rest of the matrix is multiplied out, and the answer exact.
-    block : int
-        Probes a round; a round is one block product for "hutchinson", two for the others.
+    block : int, optional
+        Probes a round; a round is one block product for "hutchinson", two for the others. Default 16,
+        fewer where so many vectors are more than ``2^22`` numbers.
     seed : int or torch.Generator
         Equal ones give equal numbers.
     progress, checkpoint
@@ -75,6 +77,11 @@ def trace(
     FloatingPointError
         If a product is not finite.
 
+    Notes
+    -----
+    Memory: "hutchinson" takes a block and its product, at most ``block + 6`` vectors with the default
+    block from a million entries on; the other methods two vectors a probe on top.
+
     Examples
     --------
     >>> import torch
@@ -85,6 +92,12 @@ def trace(
     >>> found.status, round(found.value, 2), found.products
     ('converged', 2.0, 32)
     """
+    arguments.operator("trace", A)
+    n = max(A.shape)
+    if method is None:
+        method = "xtrace" if n <= 1 << 20 else "hutchinson"
+    if block is None:
+        block = max(1, min(16, (1 << 22) // max(1, n)))
     if method not in get_args(TraceMethod):
         raise ValueError(f"trace expects method in {get_args(TraceMethod)}, got {method!r}")
     if method == "hutchinson":
