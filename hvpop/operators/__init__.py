@@ -7,6 +7,7 @@ from .damped import Damped
 from .forms import BatchForms
 from .layout import Layout
 from .restriction import Restriction
+from .space import Space
 
 __all__ = [
     "BatchForms",
@@ -20,4 +21,5 @@ __all__ = [
     "LinearOperator",
     "LowRank",
     "Restriction",
+    "Space",
 ]

@@ -8,9 +8,12 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
+from . import crossing
 from .base import LinearOperator, Memory
+from .basic import Identity
 from .forms import BatchForms
 
 
@@ -64,7 +67,7 @@ class Sum(Composite):
         super().__init__(terms, terms[0].shape, symmetric=all(t.symmetric for t in terms))
 
     def _apply(self, V: Tensor) -> Tensor:
-        return reduce(Tensor.add, (part._apply(V) for part in self.parts))
+        return reduce(lambda Y, part: _plus(Y, part, V), self.parts[1:], self.parts[0]._apply(V))
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return reduce(Tensor.add, (part._apply_transpose(U) for part in self.parts))
@@ -191,6 +194,14 @@ def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:
         factors.append(factor)
     product = Product(*factors)
     return product if A is factors[0] and B is factors[1] else Scaled(scale, product)
+
+
+def _plus(Y: Tensor, part: LinearOperator, V: Tensor) -> Tensor:
+    """``Y + part V``; without a block for a multiple of the identity."""
+    if type(part) is Scaled and type(part.parts[0]) is Identity:
+        own = crossing.writable(Y, V)
+        return Y.add_(V, alpha=part.scale) if own else torch.add(Y, V, alpha=part.scale)
+    return Y + part._apply(V)
 
 
 def _are_transposes(A: LinearOperator, B: LinearOperator) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import crossing
 from .forms import BatchForms
 from .layout import Layout
+from .space import Space
 
 Memory = int | str | None
 """A memory budget: bytes, text such as ``"2GiB"``, or None for the operator's default."""
@@ -110,6 +111,11 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
 
     def _children(self) -> tuple[LinearOperator, ...]:
         return ()
+
+    @property
+    def space(self) -> Space:
+        """The vectors that this operator multiplies: their inner products, norms and bases at any n."""
+        return Space(self.shape[1], crossing.working_dtype(self.torch_dtype), self.device)
 
     # -- products ---------------------------------------------------------------------------------
 

@@ -120,9 +120,18 @@ def _product(A: LinearOperator, hook: Callable[[Tensor], Tensor], m: int, x: Ten
         expected = (m, V.shape[1])
         raise ValueError(f"{A!r}: its product must have shape {expected}, got {got}")
     Y = Y.detach().to(working)
-    if Y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+    # a block whose columns are contiguous is answered in kind: a transpose costs what a cheap product does
+    dense = Y.is_contiguous() or (Y.T.is_contiguous() and not x.is_contiguous())
+    if not dense:
         return Y.clone(memory_format=torch.contiguous_format)
-    return Y.contiguous()
+    shared = Y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return Y.clone() if shared else Y
+
+
+def writable(Y: Tensor, V: Tensor) -> bool:
+    """Whether the product ``Y`` of ``V`` is a block of its own, which a sum may be gathered in."""
+    plain = Y.is_contiguous() or Y.T.is_contiguous()
+    return plain and Y.untyped_storage().data_ptr() != V.untyped_storage().data_ptr()
 
 
 def _rounded(A: LinearOperator, Y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,6 +178,8 @@ def _numbers(who: str, values: Any, kinds: str) -> NDArrayAny:
 
 def _from_numpy(array: NDArrayAny, dtype: Any) -> Tensor:
     """The array as a tensor, copied only where torch cannot look at its memory."""
+    if array.ndim == 2 and array.flags.f_contiguous and not array.flags.c_contiguous:
+        return _from_numpy(array.T, dtype).T
     array = np.require(array, dtype, ["C", "A"])
     # NumPy calls an axis of one entry contiguous whatever its stride; torch looks at the stride.
     plain = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)

@@ -65,10 +65,17 @@ class Damped(Composite):
         return self._damping.to(V.dtype) * V
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.operator._apply(V) + self.damping(V)
+        return self._added(self.operator._apply(V), V)
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
-        return self.operator._apply_transpose(U) + self.damping(U)
+        return self._added(self.operator._apply_transpose(U), U)
+
+    def _added(self, Y: Tensor, V: Tensor) -> Tensor:
+        """``Y + D V``; without a block for ``D V`` where the rule is the usual one."""
+        if type(self).damping is not Damped.damping:
+            return Y + self.damping(V)
+        D = self._damping.to(V.dtype)
+        return Y.addcmul_(D, V) if crossing.writable(Y, V) else torch.addcmul(Y, D, V)
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.operator._batch_forms(V, batches)

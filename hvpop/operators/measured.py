@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .algebra import Composite
 from .base import LinearOperator
+from .space import Space
 
 
 def unit(Y: Tensor, V: Tensor | None = None) -> float:
@@ -15,11 +16,12 @@ def unit(Y: Tensor, V: Tensor | None = None) -> float:
 
     Dividing by it changes no digit. 0 for zero.
     """
-    if Y.numel() == 0 or not bool(Y.any()):
+    largest = float(Space.of(Y).largest(Y).max()) if Y.numel() else 0.0
+    if largest == 0.0:
         return 0.0
-    _, exponent = math.frexp(float(Y.abs().max()))
+    exponent = math.frexp(largest)[1]
     if V is not None:
-        exponent -= math.frexp(float(V.abs().max()))[1]
+        exponent -= math.frexp(float(Space.of(V).largest(V).max()))[1]
     # a square of 2^20 times anything usual exists in every dtype
     return 1.0 if abs(exponent) <= 20 else math.ldexp(1.0, max(-1070, min(exponent, 1023)))
 
@@ -53,16 +55,20 @@ class Measured(Composite):
         self._unit[0] = unit
 
     def _apply(self, V: Tensor) -> Tensor:
-        Y = self._in_units(self.parts[0] @ V, V)
+        Y = self._in_units(self.parts[0], V)
         if self.taken is not None:
             self.taken.append((V, Y))
         return Y
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
-        return self._in_units(self.parts[0].T @ U, U)
+        return self._in_units(self.parts[0].T, U)
 
-    def _in_units(self, Y: Tensor, V: Tensor) -> Tensor:
+    def _in_units(self, A: LinearOperator, V: Tensor) -> Tensor:
+        # small entries of a small product would underflow: those of a larger vector do not
+        lift = max(self._unit[0], 2.0**-100) if 0.0 < self._unit[0] < 1.0 else 1.0
+        Y: Tensor = A @ (V if lift == 1.0 else V / lift)
         finite(self.who, self.parts[0], Y)
         if self._unit[0] == 0.0:
             self._unit[0] = unit(Y, V)
-        return Y if self.unit == 1.0 else Y / self.unit
+        rest = self.unit / lift
+        return Y if rest == 1.0 else Y.div_(rest)

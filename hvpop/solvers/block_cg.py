@@ -134,7 +134,7 @@ class _Run:
     def step(self) -> None:
         AS = self._multiply(self.S)
         self.steps += 1
-        W = self.S.T @ AS
+        W = self.A.space.inner(self.S, AS).to(AS)
         W = (W + W.T) / 2
         L, info = torch.linalg.cholesky_ex(W)
         if int(info):
@@ -143,10 +143,10 @@ class _Run:
             return
         alpha = torch.cholesky_solve(torch.eye(len(W), dtype=W.dtype, device=W.device), L)
         self.X += self.S @ (alpha @ self.C)
-        self.Q, Z = torch.linalg.qr(self.Q - AS @ alpha)
+        self.Q, Z = self._basis(self.Q - AS @ alpha)
         self.C = Z @ self.C
         self.S = self.Q + self.S @ Z.T
-        self.error = torch.linalg.vector_norm(self.C, dim=0)
+        self.error = checks.norms(self.C)
         self.checked = False
         self.history.append(self.error.clone())
         self._keep_best()
@@ -192,13 +192,17 @@ class _Run:
 
     def _start(self, R: Tensor) -> None:
         """Begin from true residuals."""
-        self.Q, self.C = torch.linalg.qr(R)
+        self.Q, self.C = self._basis(R)
         self.S = self.Q
         self.error = checks.norms(R)
         self.true, self.checked = self.error, True
         self.best, self.least = self.X.clone(), self.error
         if not self.history:
             self.history.append(self.error.clone())
+
+    def _basis(self, R: Tensor) -> tuple[Tensor, Tensor]:
+        Q, C = self.A.space.qr(R)
+        return Q, C.to(R)
 
     def _multiply(self, V: Tensor) -> Tensor:
         Y: Tensor = self.A @ V
@@ -213,7 +217,7 @@ class _Run:
         """``S'AS`` is not positive definite: beyond rounding, or because it is singular."""
         curvatures, vectors = torch.linalg.eigh(W)
         direction = self.S @ vectors[:, 0]
-        length = direction.norm()
+        length = checks.norms(direction[:, None])[0]
         eps = torch.finfo(self.A.torch_dtype).eps
         if float(curvatures[0] / length**2) < -len(W) * eps * self.scale:
             self.failure, self.direction = "negative curvature", direction / length

@@ -76,7 +76,8 @@ def cg(
     -----
     M. R. Hestenes, E. Stiefel (1952). True residuals and restarts are in the spirit of
     H. A. van der Vorst, Q. Ye (2000). A direction without positive curvature costs one more product,
-    which tells what is negative from rounding. Memory: six blocks ``(n, k)``.
+    which tells what is negative from rounding. Memory: at most six
+    blocks ``(n, k)`` beside ``b``, that of a product included; SciPy's takes five.
 
     Examples
     --------
@@ -112,7 +113,7 @@ def cg(
 class _State(lockstep.State):
     R: Tensor  # (n, k), residuals
     P: Tensor  # (n, k), search directions
-    rho: Tensor  # (k,), r'Mr
+    rho: Tensor  # (k,), r'Mr, float64
 
 
 class _ConjugateGradients(lockstep.Recurrence[_State]):
@@ -127,40 +128,50 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
         Z, rho = self._precondition(R)
         return _State(
             X=torch.zeros_like(B) if X is None else X,
-            error=torch.linalg.vector_norm(R, dim=0),
+            error=self._error(R, rho),
             halt=torch.full_like(rho, GO, dtype=torch.long),
             R=R,
-            P=Z.clone(),
+            P=Z,  # a step takes a copy, and a check needs none
             rho=rho,
         )
 
     def step(self, state: _State) -> None:
-        AP = self.multiply(state.P)
-        curvature = torch.linalg.vecdot(state.P, AP, dim=0)
-        squares = torch.linalg.vecdot(state.P, state.P, dim=0)
+        if state.P is state.R:
+            state.P = state.R.clone()
+        AP = self.product(state.P)
+        pairs = ((state.P, AP), (state.P, state.P), (AP, AP))
+        curvature, squares, of_products = self.space.together(*pairs)
+        self.learn(squares.sqrt(), of_products.sqrt())
         flat = curvature <= self.eps * self.scale * squares
-        if bool(flat.any()):
+        stuck = bool(flat.any())
+        if stuck:
             # a p from the null space has shown nothing of |A|; the rounding of A p shows more
-            self.multiply(AP[:, flat])
+            again = AP[:, flat]
+            self.noted(again, self.multiply(again))
         negative = curvature < -8 * self.eps * self.scale * squares
         state.halt = torch.where(flat, torch.where(negative, NEGATIVE, BREAKDOWN), GO)
-        alpha = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature))
+        alpha = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature)).to(AP)
         state.X.addcmul_(state.P, alpha)
         state.R.addcmul_(AP, alpha, value=-1)
         Z, rho = self._precondition(state.R)
         # a halted column keeps its direction, which is what it has to report
-        beta = torch.where(flat, 0.0, rho / torch.where(state.rho > 0, state.rho, 1.0))
-        P = torch.addcmul(Z, state.P, beta)
-        state.P = torch.where(flat, state.P, P) if bool(flat.any()) else P
+        beta = torch.where(flat, 0.0, rho / torch.where(state.rho > 0, state.rho, 1.0)).to(AP)
+        if stuck:
+            state.P = torch.where(flat, state.P, torch.addcmul(Z, state.P, beta))
+        else:
+            torch.addcmul(Z, state.P, beta, out=state.P)
         state.rho = rho
-        state.error = torch.linalg.vector_norm(state.R, dim=0)
+        state.error = self._error(state.R, rho)
 
     def directions(self, state: _State) -> Tensor:
         return state.P / checks.norms(state.P)
 
+    def _error(self, R: Tensor, rho: Tensor) -> Tensor:
+        return rho.sqrt().to(self.dtype) if self.M is None else self.norms(R)
+
     def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
         Z: Tensor = R if self.M is None else self.M @ R
-        rho = torch.linalg.vecdot(R, Z, dim=0)
+        rho = self.space.dots(R, Z)
         if self.M is not None:
             checks.positive_form(self.who, self.A, self.M.parts[0], R, rho)
         return Z, rho

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, Space, arguments
 from ..operators.crossing import working_dtype
 from .results import Callback, Step
 
@@ -36,10 +36,15 @@ def columns(
         raise ValueError(
             f"{who}({A!r}) expects {name} on {A.device}, got {b.device}; use .to(A.device)"
         )
-    if not bool(b.isfinite().all()):
+    if not finite(b):
         raise ValueError(f"{who}({A!r}): {name} has entries that are not finite")
     B = b.detach().to(dtype)
     return B if B.ndim == 2 else B.unsqueeze(1)
+
+
+def finite(b: Tensor) -> bool:
+    """Whether all entries are."""
+    return Space.of(b).finite(b)
 
 
 def start(who: str, A: LinearOperator, b: Tensor, x0: Any) -> Tensor | None:
@@ -80,7 +85,7 @@ def positive_form(who: str, A: LinearOperator, M: LinearOperator, R: Tensor, for
     if bool((forms > 0).all()):
         return
     small = torch.finfo(R.dtype).tiny ** 0.25  # whose squares may underflow
-    null = (forms == 0) & (torch.linalg.vector_norm(R, torch.inf, dim=0) > small)
+    null = (forms == 0) & (Space.of(R).largest(R) > small)
     if bool((forms < 0).any()) or bool(null.any()):
         sign = (
             "r'Mr < 0" if bool((forms < 0).any()) else "r'Mr = 0 for a residual r that is not zero"
@@ -96,15 +101,13 @@ def sizes(V: Tensor) -> Tensor:
 
     Dividing by it changes no digit, and squares of entries neither over- nor underflow any more.
     """
-    largest = torch.linalg.vector_norm(V, torch.inf, dim=0)
+    largest = Space.of(V).largest(V)
     return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
 
 
 def norms(V: Tensor) -> Tensor:
     """The Euclidean norms of the columns, also where squares of entries over- or underflow."""
-    size = sizes(V)
-    scaled: Tensor = torch.linalg.vector_norm(V / size, dim=0)
-    return size * scaled
+    return Space.of(V).norms(V).to(V.dtype)
 
 
 def limits(who: str, rtol: float, atol: float, max_steps: int | None) -> None:

@@ -76,4 +76,4 @@ class Direct:
             raise ValueError(f"Direct: {A!r} is singular; damp it, or use lsmr")
         self._LU, self._pivots, self._of = LU, pivots, A
         unit = measured.unit(dense)
-        self._size = unit * float(torch.linalg.matrix_norm(dense / unit))
+        self._size = unit * float((dense / unit).square().sum().sqrt())

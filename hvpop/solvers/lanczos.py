@@ -45,11 +45,14 @@ class Lanczos:
         if m + 1 == self.Q.shape[1]:
             self._grow()
         q, basis = self.Q[:, m], self.Q[:, : m + 1]
-        W: Tensor = (self.A @ q.T.contiguous()).T
+        W: Tensor = (self.A @ q.T).T
         self.products += self.columns.numel()
-        alpha = torch.linalg.vecdot(q, W)
+        space = self.A.space
+        alpha = space.dots(q.T, W.T).to(W)
         for _ in range(2):  # twice makes it orthogonal to rounding
-            W = W - ((basis @ W.unsqueeze(2)).mT @ basis).squeeze(1)
+            for i in range(W.shape[0]):
+                C = space.inner(basis[i].T, W[i].unsqueeze(1)).to(W)
+                W[i].addmv_(basis[i].T, C.squeeze(1), alpha=-1)
         beta = checks.norms(W.T)
         if not bool(beta.isfinite().all()):
             raise FloatingPointError(

@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, measured
+from ..operators import LinearOperator, Space, measured
 from ..operators.crossing import working_dtype
 from . import checks
 from .progress import Bar
@@ -32,13 +32,26 @@ class State:
     halt: Tensor  # (k,), GO, BREAKDOWN (no further step exists) or NEGATIVE (curvature)
 
     def take(self, columns: Tensor) -> Self:
-        """Some of the columns, copied."""
-        return replace(self, **{f.name: getattr(self, f.name)[..., columns] for f in fields(self)})
+        """Some of the columns, copied unless they are all."""
+        return replace(self, **{f.name: some(getattr(self, f.name), columns) for f in fields(self)})
 
     def put(self, columns: Tensor, other: Self) -> None:
         """Overwrite some of the columns."""
-        for f in fields(self):
-            getattr(self, f.name)[..., columns] = getattr(other, f.name)
+        every = columns.numel() == self.error.shape[0]
+        for f in fields(self) if columns.numel() else ():
+            if every:  # may be the same memory
+                setattr(self, f.name, getattr(other, f.name))
+            else:
+                getattr(self, f.name)[..., columns] = getattr(other, f.name)
+
+
+def some(M: Tensor, columns: Tensor) -> Tensor:
+    """Columns of ``M``, by a mask or ascending indices, in a copy unless they are all."""
+    if columns.dtype is torch.bool:
+        columns = columns.nonzero().squeeze(1)
+    if columns.numel() == M.shape[-1]:
+        return M
+    return M.T[columns].T if M.ndim == 2 else M[columns]
 
 
 S = TypeVar("S", bound=State)
@@ -54,13 +67,21 @@ class Recurrence(ABC, Generic[S]):
     who: str
 
     def __init__(self, A: LinearOperator) -> None:
-        self.A = A
+        self.A, self.space = A, A.space
         self.products = 0
         self.dtype = working_dtype(A.torch_dtype)
         self.eps = torch.finfo(self.dtype).eps
         self.unit = 0.0  # not known yet
         self.ready: Tensor | None = None  # the next product
         self.scale = torch.zeros((), dtype=self.dtype, device=A.device)  # <= |A|, in units
+
+    def dots(self, V: Tensor, W: Tensor) -> Tensor:
+        """``v' w`` for each pair of columns, ``(k,)``."""
+        return self.space.dots(V, W).to(self.dtype)
+
+    def norms(self, V: Tensor) -> Tensor:
+        """``|v|`` for each column, ``(k,)``."""
+        return self.space.norms(V).to(self.dtype)
 
     @abstractmethod
     def start(self, B: Tensor, X: Tensor | None) -> S:
@@ -77,8 +98,7 @@ class Recurrence(ABC, Generic[S]):
     def floor(self, state: S) -> Tensor:
         """``(k,)``: below about this, rounding in the products may decide what the error really is."""
         eps = torch.finfo(self.A.torch_dtype).eps  # of half precision, where the products have it
-        sizes: Tensor = torch.linalg.vector_norm(state.X, dim=0)
-        return 8 * eps * self.scale * sizes
+        return 8 * eps * self.scale * self.norms(state.X)
 
     def noise(self, B: Tensor) -> Tensor | None:
         """``(k,)``: a problem whose error at zero is no more than this has zero for its answer."""
@@ -96,6 +116,10 @@ class Recurrence(ABC, Generic[S]):
         return X * self.unit
 
     def multiply(self, V: Tensor) -> Tensor:
+        """``A V / unit``, counted and noted."""
+        return self.noted(V, self.product(V))
+
+    def product(self, V: Tensor) -> Tensor:
         """``A V / unit``, counted."""
         if self.ready is None:
             return self.counted(V, self.A @ V)
@@ -103,24 +127,29 @@ class Recurrence(ABC, Generic[S]):
         return self.counted(V, Y, unit=1.0)
 
     def counted(self, V: Tensor, Y: Tensor, unit: float | None = None) -> Tensor:
-        """A product ``Y`` of ``A``, or of its transpose, with ``V``, in units, and noted."""
+        """A product ``Y`` of ``A``, or of its transpose, with ``V``, in units."""
         self.products += V.shape[1]
         if self.unit == 0.0:
             self.unit = measured.unit(Y, V)
         if unit is None:
             unit = self.unit or 1.0
-        Y = Y if unit == 1.0 else Y / unit
-        growth = torch.linalg.vector_norm(Y, dim=0) / torch.linalg.vector_norm(V, dim=0).clamp_min(
-            torch.finfo(self.dtype).tiny
-        )
-        if growth.numel():
-            self.scale = torch.maximum(self.scale, growth.max())
+        return Y if unit == 1.0 else Y.div_(unit)
+
+    def noted(self, V: Tensor, Y: Tensor) -> Tensor:
+        """``Y``, the product of ``V`` in units, from which a scale of ``A`` is learned."""
+        space = Space.of(V)
+        self.learn(space.norms(V), Space.of(Y).norms(Y))
         return Y
+
+    def learn(self, sizes: Tensor, of_products: Tensor) -> None:
+        """What the norms of vectors and of their products say of the scale of ``A``."""
+        growth = of_products / sizes.clamp_min(torch.finfo(self.dtype).tiny)
+        if growth.numel():
+            self.scale = torch.maximum(self.scale, growth.max().to(self.dtype))
 
     def residual(self, B: Tensor, X: Tensor | None) -> Tensor:
         """``B - A X``, in memory of its own; no product where ``X`` is None."""
-        R: Tensor = B.clone() if X is None else B - self.multiply(X)
-        return R
+        return B.clone() if X is None else self.multiply(X).neg_().add_(B)
 
 
 def solve(
@@ -163,12 +192,15 @@ class _Run(Generic[S]):
         self, recurrence: Recurrence[S], B: Tensor, X0: Tensor | None, *, vector: bool
     ) -> None:
         k = B.shape[1]
+        B = B.T.contiguous().T  # columns, each in one piece
         self.recurrence, self.vector = recurrence, vector
         # solved in units of its own entries, so that no norm over- or underflows
         self.size = checks.sizes(B)  # (k,)
-        self.B = B / self.size
+        self.B = B if bool((self.size == 1).all()) else B / self.size
         # zero is the answer to zero: no start away from it has a residual to be compared with
         self.X0 = None if X0 is None else torch.where((B == 0).all(0), 0.0, X0 / self.size)
+        self.shape = (self.recurrence.A.shape[1], k)
+        self._x: Tensor | None = None
         self.begun = False
         self.steps = 0
         self.columns = torch.arange(k, device=B.device)  # (running,)
@@ -176,6 +208,21 @@ class _Run(Generic[S]):
         self.reference = B.new_full((k,), torch.inf)  # least true error at a check
         self.checked = B.new_full((k,), torch.inf)  # error / floor at the last check
         self.direction: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The best iterates known, ``(n, k)``; made when first looked at, as most runs do at the end."""
+        if self._x is None:
+            self._x = torch.zeros(*self.shape[::-1], dtype=self.B.dtype, device=self.B.device).T
+            if self.X0 is not None:
+                self._x.copy_(self.X0)
+        return self._x
+
+    def _write(self, columns: Tensor, X: Tensor) -> None:
+        if columns.numel() == self.shape[1]:
+            self.x.copy_(X)
+        elif columns.numel():
+            self.x[:, columns] = X
 
     @property
     def x_size(self) -> Tensor:
@@ -194,13 +241,14 @@ class _Run(Generic[S]):
     def begin(self, rtol: float, atol: float) -> None:
         if self.X0 is not None:
             self.X0 = self.recurrence.begun_at(self.X0)
-        self.state = state = self.recurrence.start(self.B, self.X0)
+        X0 = None if self.X0 is None else self.X0.clone()
+        self.state = state = self.recurrence.start(self.B, X0)
         zero = state if self.X0 is None else self.recurrence.start(self.B, None)
         self.error_of_zero = zero.error.clone()
         self.target = rtol * zero.error
         if atol:  # in units that may underflow, where nothing is asked in them
             self.target = torch.maximum(self.target, atol / self.error_size)
-        self.x, self.error = state.X.clone(), state.error.clone()
+        self.error = state.error.clone()
         self.history = [state.error.clone()]
         self.begun = True
         self._require_finite()
@@ -236,7 +284,7 @@ class _Run(Generic[S]):
     def _check(self, due: Tensor, claimed: Tensor, depth: Tensor) -> Tensor:
         """Which of the columns ``due`` end here; the others go on, from their true residual if need be."""
         state, at = self.state, self.columns[due]
-        fresh = self.recurrence.start(self.B[:, at], state.X[:, due])
+        fresh = self.recurrence.start(some(self.B, at), some(state.X, due))
         converged = fresh.error <= self.target[at]
         faithful = ~claimed & (state.error[due] >= 0.5 * fresh.error)
         improved = fresh.error <= 0.5 * self.reference[at]
@@ -244,7 +292,8 @@ class _Run(Generic[S]):
         better = (
             converged | first | (fresh.error <= 0.9 * self.error[at])
         )  # not by rounding's grace
-        self.x[:, at[better]], self.error[at[better]] = fresh.X[:, better], fresh.error[better]
+        self._write(at[better], some(fresh.X, better))
+        self.error[at[better]] = fresh.error[better]
         self.reference[at] = torch.minimum(self.reference[at], fresh.error)
         again = improved & ~converged & ~faithful
         self.checked[at] = torch.where(again, torch.inf, depth)
@@ -259,15 +308,15 @@ class _Run(Generic[S]):
         if directions is None:
             return
         if self.direction is None:
-            self.direction = torch.zeros_like(self.x)
+            self.direction = torch.zeros_like(self.B)
         self.direction[:, self.columns[negative]] = directions[:, negative]
 
     def _close_checked(self, mask: Tensor) -> None:
         """Columns that end by negative curvature where they are."""
         at = self.columns[mask]
-        X = self.state.X[:, mask]
-        self.x[:, at] = X
-        self.error[at] = self.recurrence.start(self.B[:, at], X).error
+        X = some(self.state.X, mask)
+        self._write(at, X)
+        self.error[at] = self.recurrence.start(some(self.B, at), X).error
         for column in at.tolist():
             self.status[column] = "negative curvature"
 
@@ -279,7 +328,9 @@ class _Run(Generic[S]):
         at = self.columns
         zero = (self.error_of_zero <= noise)[at]
         where = at[zero]
-        self.x[:, where], self.error[where] = 0.0, self.error_of_zero[where]
+        if where.numel():
+            self.x[:, where] = 0.0
+        self.error[where] = self.error_of_zero[where]
         self.target[where] = torch.maximum(self.target[where], noise[where])
         self._close(zero, "converged")
 
@@ -298,10 +349,11 @@ class _Run(Generic[S]):
             return
         at, X = self.columns, self.state.X
         if self.steps:
-            error = self.recurrence.start(self.B[:, at], X).error
+            error = self.recurrence.start(some(self.B, at), X).error
             # the last iterate, unless rounding has since spoilt one that was checked
             last = self.reference[at].isinf() | (error <= self.error[at])
-            self.x[:, at[last]], self.error[at[last]] = X[:, last], error[last]
+            self._write(at[last], some(X, last))
+            self.error[at[last]] = error[last]
         for column, good in zip(at.tolist(), (self.error <= self.target)[at].tolist(), strict=True):
             self.status[column] = "converged" if good else status
         self._drop(torch.ones_like(at, dtype=torch.bool))

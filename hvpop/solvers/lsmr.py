@@ -152,10 +152,10 @@ class _LeastSquares(lockstep.Recurrence[_State]):
     def step(self, t: _State) -> None:
         # Golub-Kahan: one more row and column of the bidiagonal
         U = self._forward(t.V).addcmul_(t.U, t.alpha, value=-1)
-        beta = torch.linalg.vector_norm(U, dim=0)
+        beta = checks.norms(U)
         U *= _reciprocal(beta)
         V = self._back(U).addcmul_(t.V, beta, value=-1)
-        alpha = torch.linalg.vector_norm(V, dim=0)
+        alpha = checks.norms(V)
         t.size = torch.maximum(t.size, torch.hypot(alpha, beta))
         alpha = torch.where(alpha <= self.eps * t.size, 0.0, alpha)
         V *= _reciprocal(alpha)
@@ -189,7 +189,7 @@ class _LeastSquares(lockstep.Recurrence[_State]):
 
     def noise(self, B: Tensor) -> Tensor:
         """What rounding leaves of ``A'b`` where it is zero."""
-        sizes: Tensor = torch.linalg.vector_norm(B, dim=0)
+        sizes = checks.norms(B)
         return 8 * self.eps * self.scale * sizes
 
     def _forward(self, V: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class _LeastSquares(lockstep.Recurrence[_State]):
 
     def _back(self, U: Tensor) -> Tensor:
         m = self.A.shape[0]
-        AU = self.counted(U[:m], self.A.T @ U[:m])
+        AU = self.noted(U[:m], self.counted(U[:m], self.A.T @ U[:m]))
         return AU + self._root() * U[m:] if self.root else AU
 
     def _root(self) -> float:

@@ -101,7 +101,7 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
         return _State(
             X=none.clone() if X is None else X,
             X_start=none.clone() if X is None else X.clone(),
-            error=torch.linalg.vector_norm(R, dim=0),
+            error=self.norms(R),
             halt=torch.full_like(phi, GO, dtype=torch.long),
             R=R,
             Q=R * scale,
@@ -116,14 +116,14 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
             c_last=one,
             s_last=zero.clone(),
             size=zero,
-            error_then=torch.linalg.vector_norm(R, dim=0),
+            error_then=self.norms(R),
             moved_then=torch.zeros_like(phi),
         )
 
     def step(self, t: _State) -> None:
         # Lanczos: one more column of T
         Y = self.multiply(t.Z)
-        alpha = torch.linalg.vecdot(t.Z, Y, dim=0)
+        alpha = self.dots(t.Z, Y)
         Y.addcmul_(t.Q, alpha, value=-1).addcmul_(t.Q_last, t.beta, value=-1)
         MY, beta = self._precondition(Y)
         t.size = torch.maximum(t.size, torch.hypot(torch.hypot(t.beta, alpha), beta))
@@ -140,11 +140,11 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
         # |A r| / |r| before this step: where it is nothing but rounding, no step reduces the residual.
         # Short of that, an x that runs away while its residual stays has met a singular system.
         slope = torch.hypot(gamma_bar, t.c * beta)
-        moved = torch.linalg.vector_norm(t.X - t.X_start, dim=0)
+        moved = self.norms(t.X - t.X_start)
         falls = t.error <= 0.99 * t.error_then
         t.error_then = torch.where(falls, t.error, t.error_then)
         t.moved_then = torch.where(falls, moved, t.moved_then)
-        usual = torch.linalg.vector_norm(t.X_start, dim=0) + t.error / self.scale
+        usual = self.norms(t.X_start) + t.error / self.scale
         runs_away = moved > 10 * torch.maximum(t.moved_then, usual)
         flat = (slope <= 4 * self.eps * t.size) | (gamma == 0) | runs_away
         t.halt = torch.where(flat, BREAKDOWN, GO)
@@ -155,16 +155,16 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
         t.X.addcmul_(D, c * t.phi)
         t.phi = -s * t.phi
         t.R = torch.where(flat, t.R, s * s * t.R + (c * t.phi) * Q)
-        t.error = torch.linalg.vector_norm(t.R, dim=0)
+        t.error = self.norms(t.R)
         t.Q_last, t.Q, t.Z, t.D_last, t.D, t.beta = t.Q, Q, Z, t.D, D, beta
         t.c_last, t.s_last, t.c, t.s = t.c, t.s, c, s
 
     def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
         """``M R``, and the norms of ``R`` that it defines."""
         if self.M is None:
-            return R, torch.linalg.vector_norm(R, dim=0)
+            return R, self.norms(R)
         Z = self.M @ R
-        square = torch.linalg.vecdot(R, Z, dim=0)
+        square = self.dots(R, Z)
         checks.positive_form(self.who, self.A, self.M.parts[0], R, square)
         return Z, square.sqrt()
 

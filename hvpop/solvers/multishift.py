@@ -132,9 +132,9 @@ class _Family:
         Y = Y / (self.unit or 1.0)
         self.products += live.numel()
         self.steps += 1
-        alpha = torch.linalg.vecdot(V, Y, dim=0)
+        alpha = self.A.space.dots(V, Y).to(V)
         Y = Y.addcmul(V, alpha, value=-1).addcmul(V_last, beta, value=-1)
-        beta_next = torch.linalg.vector_norm(Y, dim=0)
+        beta_next = checks.norms(Y)
         size = torch.maximum(self.size[live], torch.hypot(alpha, beta_next))
         beta_next = torch.where(beta_next <= self.eps * size, 0.0, beta_next)
 
@@ -163,7 +163,7 @@ class _Family:
         P = V - ratio * self.P[i][:, at]
         zeta = -ratio * self.zeta[i, at] if self.steps > 1 else -self.zeta[i, at]
         # the pivot is p'(A + c I)p
-        noise = self.eps * self.size[at] * torch.linalg.vecdot(P, P, dim=0)
+        noise = self.eps * self.size[at] * self.A.space.dots(P, P).to(P)
         flat = pivot <= noise
         pivot = torch.where(flat, 1.0, pivot)
         weight = torch.where(flat, 0.0, zeta / pivot)

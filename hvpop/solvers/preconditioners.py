@@ -141,13 +141,14 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: Seed = 0) -> 
     dtype = working_dtype(A.torch_dtype)
     generator = torch.Generator().manual_seed(arguments.seed("nystrom", seed))
     gaussian = torch.randn(n, rank, generator=generator, dtype=torch.float64)
-    Omega = torch.linalg.qr(gaussian.to(dtype=dtype, device=A.device)).Q
+    space = A.space
+    Omega = space.qr(gaussian.to(dtype=dtype, device=A.device))[0]
     Y: Tensor = A.linearize() @ Omega
     measured.finite("nystrom", A, Y)
     unit = measured.unit(Y) or 1.0
     Y = Y / unit
-    size = float(torch.linalg.matrix_norm(Y))
-    core = Omega.T @ Y
+    size = float(space.norms(Y).square().sum().sqrt())
+    core = space.inner(Omega, Y).to(Y)
     core = (core + core.T) / 2
     shift = torch.finfo(dtype).eps * math.sqrt(n) * size
     lowest = float(torch.linalg.eigvalsh(core)[0])
@@ -157,5 +158,7 @@ def nystrom(A: LinearOperator, rank: int, damping: float, *, seed: Seed = 0) -> 
     Y += shift * Omega
     L = torch.linalg.cholesky(core + shift * torch.eye(rank, dtype=dtype, device=A.device))
     F = torch.linalg.solve_triangular(L, Y.T, upper=False).T  # F F' approximates A + shift I
-    U, sigma, _ = torch.linalg.svd(F, full_matrices=False)
+    Q, R = space.qr(F)
+    small, sigma, _ = torch.linalg.svd(R.to(F))
+    U = Q @ small
     return Nystrom((sigma.square() - shift).clamp_min(0) * unit, U, damping, products=rank)

@@ -98,7 +98,7 @@ def steihaug(
         while history[-1] > target and steps < limit:
             Ap: Tensor = A @ p
             steps += 1
-            curvature = float(p @ Ap)
+            curvature = _dot(A, p, Ap)
             if not math.isfinite(curvature):
                 raise FloatingPointError(f"steihaug({A!r}): product {steps} is not finite")
             alpha = rho / curvature if curvature > 0 else math.inf
@@ -112,7 +112,7 @@ def steihaug(
             s, r = s + alpha * p, r + alpha * Ap
             z, rho_next = _precondition(A, M, r)
             beta, rho = rho_next / rho, rho_next
-            ss, sp = ss + alpha * (2 * sp + alpha * pp), beta * (sp + alpha * pp) - float(s @ r)
+            ss, sp = ss + alpha * (2 * sp + alpha * pp), beta * (sp + alpha * pp) - _dot(A, s, r)
             norm = math.sqrt(ss)
             p, pp = beta * p - z, rho + beta**2 * pp
             history.append(_length(r))
@@ -131,7 +131,7 @@ def steihaug(
     return SteihaugResult(
         step=s * size,
         status=status,
-        decrease=-0.5 * float((s / length) @ (g + r)) * (length * size) * size,
+        decrease=-0.5 * _dot(A, s / length, g + r) * (length * size) * size,
         norm=norm * size,
         residual_norm=_length(r) * size,
         history=torch.tensor(history, dtype=torch.float64) * size,
@@ -139,6 +139,11 @@ def steihaug(
         products=steps,
         direction=direction,
     )
+
+
+def _dot(A: LinearOperator, x: Tensor, y: Tensor) -> float:
+    """In float64, which has the squares of all that float32 has."""
+    return float(A.space.dots(x.unsqueeze(1), y.unsqueeze(1)))
 
 
 def _length(v: Tensor) -> float:
@@ -154,7 +159,7 @@ def _to_boundary(norm: float, sp: float, pp: float, radius: float) -> float:
 
 def _precondition(A: LinearOperator, M: LinearOperator | None, r: Tensor) -> tuple[Tensor, float]:
     z: Tensor = r if M is None else M @ r
-    rho = float(r.double() @ z.double())  # which has the squares of all that float32 has
+    rho = _dot(A, r, z)
     if M is not None:
         forms = torch.tensor([rho], dtype=torch.float64)
         checks.positive_form("steihaug", A, M, r.double().unsqueeze(1).cpu(), forms)

@@ -61,5 +61,5 @@ def unresolved(
     W = W / W.abs().amax(2, keepdim=True)
     first = S[:, 0]
     P = W @ torch.stack([first, values * first], 2)  # (r, p, 2): e1'w and e1'f(T)w
-    part = (at_x * P[..., 0] - P[..., 1]).abs() / torch.linalg.vector_norm(W, dim=2)
+    part = (at_x * P[..., 0] - P[..., 1]).abs() / W.square().sum(2).sqrt()
     return torch.where(allowed, part, 0.0).amax(1)

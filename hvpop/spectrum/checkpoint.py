@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, Space
 from . import expression, probes
 
-_FORMAT = 2
+_FORMAT = 3
 _PAUSE = 10.0  # seconds between two saves at least, ...
 _SHARE = 0.05  # ... and more where saving would take a larger share of the time than this
 
@@ -90,7 +90,7 @@ class Checkpoint:
         What cannot be written is said once: a disk that is full must not cost the result.
         """
         start = time.monotonic()
-        content = {"identity": self.identity, "products": self._products, "state": dict(state)}
+        content = {"identity": self.identity, "products": self._products, "state": _alone(state)}
         try:
             self._write({**content, "checksum": _checksum({**content, "checksum": None})})
         except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
@@ -159,6 +159,19 @@ class Checkpoint:
             )
 
 
+def _alone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` with no more memory behind a tensor than it shows: torch saves all that is behind one."""
+
+    def own(part: Any) -> Any:
+        if not isinstance(part, Tensor) or part.untyped_storage().nbytes() == part.nbytes:
+            return part
+        if part.device.type == "cpu" and part.is_contiguous():
+            return torch.from_numpy(part.detach().numpy())  # the same memory, its end seen
+        return part.clone()
+
+    return {key: own(part) for key, part in state.items()}
+
+
 def _checksum(content: Any) -> str:
     """Of nested mappings, lists, tensors and plain values: their types, shapes and bits."""
     hashed = hashlib.blake2b(digest_size=16)
@@ -188,8 +201,9 @@ def digest(V: Tensor | None) -> str | None:
     if V is None:
         return None
     columns = V.detach().reshape(V.shape[0], -1)
-    probe = probes.gaussian(V.shape[0], 1, V.dtype, V.device, "digest")
-    return " ".join(f"{value:.6e}" for value in (probe.T @ columns)[0].tolist())
+    space = Space.of(columns)
+    numbers = space.inner(probes.gaussian(space, 1, "digest"), columns)[0].tolist()
+    return " ".join(f"{value:.6e}" for value in numbers)
 
 
 def _sync_folder(folder: Path) -> None:

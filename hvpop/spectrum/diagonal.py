@@ -105,11 +105,11 @@ class _Hutchinson(_Diagonal[_Moments]):
     name, unit, state_type = "diagonal by hutchinson", 1, _Moments
 
     def start(self) -> _Moments:
-        zero = torch.zeros(self.A.shape[0], **self.like())
+        zero = self.space.zeros(1)[:, 0]
         return _Moments(zero, zero, self.nothing())
 
     def sampled(self, state: _Moments, left: int) -> _Moments:
-        V = self.drawn(probes.signs, self.A.shape[0], state, left)
+        V = self.drawn(probes.signs, self.space, state, left)
         count = V.shape[1]
         new = V * (self.source @ V)
         # Mean and deviation of a union of two samples (Chan, Golub and LeVeque 1983).

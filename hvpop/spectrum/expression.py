@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import Damped, LinearOperator
-from ..operators.crossing import working_dtype
+from ..operators import Damped, LinearOperator, Space
 from ..operators.measured import Measured
 from . import probes
 
@@ -66,18 +65,18 @@ def difference(one: Tensor, other: Tensor) -> float:
     size = max(float(a.abs().max()), float(b.abs().max())) or 1.0  # keeps squares within range
     a, b = a / size, b / size
     eps, n = torch.finfo(one.dtype).eps, a.shape[0]
-    norm = float(torch.maximum(a.norm(), b.norm()))
-    apart = float((a - b).norm())
-    z = _signs(n, torch.float64, torch.device("cpu"))[:, 0]
-    along, form = abs(float(z @ (a - b))), abs(float(z @ b))
+    space = Space(n, torch.float64, torch.device("cpu"))
+    both = torch.stack([a, b, a - b], 1)
+    norm, apart = float(space.norms(both)[:2].max()), float(space.norms(both)[2])
+    form, along = space.inner(_signs(space), both)[0, 1:].abs().tolist()
     rounding = 1e3 * eps * norm, eps * (300 * norm + 30 * form)
     same = apart <= rounding[0] and along <= rounding[1]
     return 0.0 if same else apart / norm
 
 
 def _probe(A: LinearOperator) -> Tensor:
-    return _signs(A.shape[1], working_dtype(A.torch_dtype), A.device)
+    return _signs(A.space)
 
 
-def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return probes.signs(n, 1, dtype, device, "checkpoint")
+def _signs(space: Space) -> Tensor:
+    return probes.signs(space, 1, "checkpoint")

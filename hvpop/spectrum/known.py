@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
-from .sketch import extend
+from ..operators import LinearOperator, Space
+from .sketch import beside, extend
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,18 @@ class Known:
         """With the products ``Y = A V``; unchanged where they tell less than a direction a column."""
         if self.count + V.shape[1] > V.shape[0]:
             return self
-        E, C, R = extend(self.Q, V)
-        if not _independent(R, V):
+        space = Space.of(V)
+        E, C, R = extend(space, self.Q, V)
+        if not _independent(space, R, V):
             return self
-        AE = torch.linalg.solve_triangular(R, Y - self.AQ @ C, upper=True, left=False)
-        return Known(torch.cat([self.Q, E], 1), torch.cat([self.AQ, AE], 1))
+        AE = torch.linalg.solve_triangular(R.to(Y), Y - self.AQ @ C.to(Y), upper=True, left=False)
+        return Known(beside(self.Q, E), beside(self.AQ, AE))
 
     def adds(self, V: Tensor) -> bool:
         """Whether every column of ``V`` has a direction that is not known."""
-        return self.count + V.shape[1] <= V.shape[0] and _independent(extend(self.Q, V)[2], V)
+        space = Space.of(V)
+        fits = self.count + V.shape[1] <= V.shape[0]
+        return fits and _independent(space, extend(space, self.Q, V)[2], V)
 
     def completed(self, A: LinearOperator, count: int) -> Known:
         """After ``count`` products more, with unit vectors as far as they are new."""
@@ -48,11 +51,11 @@ class Known:
         count = min(count, n - r)
         V = torch.zeros(n, count, dtype=self.Q.dtype, device=self.Q.device)
         V.diagonal(-r).fill_(1.0)
-        E, _, _ = extend(self.Q, V) if r else (V, V, V)
-        return Known(torch.cat([self.Q, E], 1), torch.cat([self.AQ, A @ E], 1))
+        E, _, _ = extend(A.space, self.Q, V) if r else (V, V, V)
+        return Known(beside(self.Q, E), beside(self.AQ, A @ E))
 
 
-def _independent(R: Tensor, V: Tensor) -> bool:
+def _independent(space: Space, R: Tensor, V: Tensor) -> bool:
     """Whether the columns of ``V`` have enough outside of what is known, ``R``, for more digits than half."""
-    allowed = torch.finfo(V.dtype).eps ** 0.5 * torch.linalg.vector_norm(V, dim=0)
+    allowed = torch.finfo(V.dtype).eps ** 0.5 * space.norms(V)
     return bool((R.diagonal().abs() > allowed).all())

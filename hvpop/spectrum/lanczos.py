@@ -40,32 +40,39 @@ class Search:
 
 @dataclass(frozen=True)
 class Krylov:
-    """``A Q = Q T + X C'`` with orthonormal ``[Q, X]``: ``Q`` has ``size`` rows in use, ``X`` is next.
+    """``A Q = Q T + X B`` with orthonormal ``[Q, X]``: ``Q`` has ``size`` rows in use, ``X`` is next.
 
-    Q and W are shared by successive states, which only write behind each other's rows.
+    Q is shared by successive states, which only write behind each other's rows, until a restart turns
+    it in place. What the recurrence has lost of ``A Q`` is known by its size.
     """
 
     Q: Tensor  # (basis, n), rows are vectors
-    W: Tensor  # (basis, n), their products
+    restarts: int  # how often Q was turned
     size: int
     X: Tensor  # (n, b), the vectors to multiply next
     T: Tensor  # (size, size), float64 on the host, like all that follows
+    border: Tensor  # B, (b, size)
+    lost: Tensor  # (size,), the squared length of what is missing in the recurrence of each row
+    outside: Tensor  # (d, size), of A Q in the deflated space
     theta: Tensor  # (j,), Ritz values of the first j rows, the most wanted first
     S: Tensor  # (j, j), their vectors in the basis
     estimates: Tensor  # (j,), their residuals by the recurrence
-    residuals: Tensor  # (k,), measured; empty while the estimates are too large
+    residuals: Tensor  # (k,), empty while the estimates are too large
     norm: float  # the largest |theta| seen
     search: Search | None  # for copies, once all pairs are found
     pure: bool  # whether the basis is of one Krylov space, from the start
     done: bool  # whether that search is over ...
     rtol: float  # ... and to what tolerance
     renewed: float  # the largest residual where the next vectors were last taken from the residuals
+    failed: float  # the largest estimate where the residuals were last measured, and were larger
+    stale: bool  # whether to go on from the residuals, which have to be measured for it
     products: int
     history: tuple[tuple[int, float], ...]
 
 
 class Lanczos(Task[Krylov]):
     name = "eigsh"
+    turning: Turn | None
 
     def __init__(
         self,
@@ -84,8 +91,9 @@ class Lanczos(Task[Krylov]):
         self.source = Measured("eigsh", A)  # states are in its units; what leaves is not
         self.dtype = working_dtype(A.torch_dtype)
         n = A.shape[0]
+        self.space, self.turning = A.space, None
         self.v0 = self._columns("v0", v0)
-        self.U = torch.linalg.qr(self._columns("deflate", deflate))[0]
+        self.U = self.space.qr(self._columns("deflate", deflate))[0]
         self.room = n - self.U.shape[1]  # the dimension of the space that is searched
         if which not in get_args(Which):
             raise ValueError(f"eigsh expects which in {get_args(Which)}, got {which!r}")
@@ -95,7 +103,7 @@ class Lanczos(Task[Krylov]):
         arguments.counts("eigsh", block=block, basis=basis)
         arguments.positive("eigsh", rtol=rtol)
         self.block = min(block, self.room)
-        wish = max(20, 2 * k) + 10 * block if basis is None else basis
+        wish = _basis(n, k, block) if basis is None else basis
         if wish < k + 2 * block and wish < self.room:
             raise ValueError(f"eigsh expects basis >= k + 2 block = {k + 2 * block}, got {wish}")
         self.basis = min(wish, self.room)
@@ -109,87 +117,128 @@ class Lanczos(Task[Krylov]):
     def start(self) -> Krylov:
         X = self._orthonormal(self._first())
         none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
-        Q, W = self._buffer(), self._buffer()
         return Krylov(
-            Q, W, 0, X, square, none, square, none, none, 0.0, None, True, False, 0.0, torch.inf, 0, ()
+            Q=self.space.empty(self.basis).T, restarts=0, size=0, X=X, T=square,
+            border=none.reshape(X.shape[1], 0), lost=none, outside=none.reshape(self.U.shape[1], 0),
+            theta=none, S=square, estimates=none, residuals=none, norm=0.0, search=None, pure=True,
+            done=False, rtol=0.0, renewed=torch.inf, failed=torch.inf, stale=False, products=0,
+            history=(),
         )  # fmt: skip
 
     def price(self, state: Krylov) -> int:
-        return max(1, state.X.shape[1])
+        return min(self.k, state.theta.shape[0]) if state.stale else max(1, state.X.shape[1])
 
     def advance(self, state: Krylov, left: int) -> Krylov:
+        self.turning = None
+        if state.stale:
+            return self._renewed(*self._measured(replace(state, stale=False)))
         if state.size + state.X.shape[1] > state.Q.shape[0]:
             state = self._restarted(self._condensed(state), self.keep, state.X)
-        X, j = state.X, state.size
-        size = j + X.shape[1]
-        AX = self.source @ X
-        state.Q[j:size], state.W[j:size] = X.T, AX.T
-        Q = state.Q[:size].T
-        F, C = self._against(AX, Q)
+        X, j, b = state.X, state.size, state.X.shape[1]
+        size = j + b
+        F = self.source @ X
+        state.Q[j:size] = X.T
+        outside, C, F = self._against(F, state)
         T = torch.zeros(size, size, dtype=torch.float64)
         T[:j, :j] = state.T
         T[:, j:] = C
         T[j:, :j] = C[:j].T
         T[j:, j:] = (C[j:] + C[j:].T) / 2
+        lost = torch.cat([state.lost, torch.zeros(b, dtype=torch.float64)])
+        lost[:j] += (C[:j] - state.border.T).square().sum(1)  # what T says more than the recurrence
+        lost[j:] += (C[j:] - C[j:].T).square().sum(1) / 4
         theta, S = _eigen(T, self.which)
         norm = max(state.norm, theta.abs().max().item())
-        products = state.products + X.shape[1]
+        products = state.products + b
+        Q = state.Q[:size].T
         X, coupling = self._next(F, Q, norm, products, fill=state.search is None)
-        grown = replace(state, size=size, X=X, T=T, norm=norm, products=products)
+        border = torch.zeros(X.shape[1], size, dtype=torch.float64)
+        border[:, j:] = coupling
+        grown = replace(
+            state, size=size, X=X, T=T, border=border, lost=lost, norm=norm, products=products,
+            outside=torch.cat([state.outside, outside], 1),
+        )  # fmt: skip
         if state.search is not None:
             search = self._followed(state.search, coupling, C)
             return self._searched(replace(grown, search=search))
-        return self._ranked(grown, coupling, theta, S)
+        return self._ranked(grown, theta, S, left - b)
 
-    def _ranked(self, state: Krylov, coupling: Tensor, theta: Tensor, S: Tensor) -> Krylov:
-        """The Ritz pairs; measured, once their estimated residuals are small enough."""
-        estimates = (coupling @ S[-coupling.shape[1] :]).norm(dim=0)
+    def _ranked(self, state: Krylov, theta: Tensor, S: Tensor, left: int) -> Krylov:
+        """The Ritz pairs, and their residuals once they seem to be small enough.
+
+        The recurrence tells them, unless it has lost as much as they may be: then products do.
+        """
+        estimates = (state.border @ S).square().sum(0).sqrt()
         worst = estimates[: self.k].max().item() if state.size >= self.k else torch.inf
         history = (*state.history, (state.products, worst))
-        state = replace(state, theta=theta, S=S, estimates=estimates, history=history)
+        state = replace(
+            state, theta=theta, S=S, estimates=estimates, history=history, residuals=torch.empty(0)
+        )
         limit, rounding = self.rtol * state.norm, 4 * self.eps * state.norm
         if worst > max(limit, rounding):
-            return replace(state, residuals=torch.empty(0))
-        residuals = self.measured(state)[1]
-        state = replace(state, residuals=residuals, done=state.X.shape[1] == 0)
-        if not state.done and residuals.max() <= limit:
+            return state
+        noise = 50 * self.eps * state.norm  # what rounding may add to the recurrence
+        if limit >= noise and bool((self._by_recurrence(state)[1] <= noise).all()):
+            return self._judged(replace(state, residuals=estimates[: self.k]), None)
+        again = worst <= 0.1 * state.failed or (worst <= self._floor(state) < state.failed)
+        if not again or left < self.k:
+            return state
+        return self._judged(*self._measured(state))
+
+    def _judged(self, state: Krylov, R: Tensor | None) -> Krylov:
+        """What to do about the residuals known: search for copies, go on as before, or from ``R``."""
+        limit = self.rtol * state.norm
+        worst, largest = state.estimates[: self.k].max().item(), state.residuals.max().item()
+        state = replace(state, done=state.X.shape[1] == 0)
+        if not state.done and largest <= limit:
             return self._search(state)
-        held_up = worst <= self._floor(state) and residuals.max() > limit and not state.done
-        return self._renewed(state) if held_up and self._improves(state) else state
+        held_up = worst <= self._floor(state) and largest > limit and not state.done
+        if held_up and R is not None and largest < 0.9 * state.renewed:
+            return self._renewed(state, R)
+        return state if largest <= limit else replace(state, failed=worst)
+
+    def _by_recurrence(self, state: Krylov) -> tuple[Tensor, Tensor]:
+        """The residuals of the wanted pairs in the space that is searched, and the part of them that was lost."""
+        k = min(self.k, state.theta.shape[0])
+        rows = state.S.shape[0]
+        lost = (state.S[:, :k].square().T @ state.lost[:rows]).sqrt()
+        return torch.hypot(state.estimates[:k], lost), lost
+
+    def _measured(self, state: Krylov) -> tuple[Krylov, Tensor]:
+        """``state`` with its residuals measured, by a product for each; and the residuals ``(n, k)``."""
+        rows, k = state.S.shape[0], min(self.k, state.theta.shape[0])
+        R = self.space.empty(k)
+        for i in range(0, k, self.block):
+            S = state.S[:, i : min(i + self.block, k)]
+            Y = self._combined(state.Q[:rows], S)
+            AY = self._searchable(self.source @ Y)[1]
+            R[:, i : i + self.block] = AY.addcmul_(
+                Y, state.theta[i : i + S.shape[1]].to(Y), value=-1
+            )
+        residuals = self.space.norms(R).cpu()
+        return replace(state, residuals=residuals, products=state.products + k), R
 
     def _floor(self, state: Krylov) -> float:
         """Estimates as small as this beside residuals that are not: these are held up by something else."""
         return max(0.1 * self.rtol, 4 * self.eps) * state.norm
 
-    def _improves(self, state: Krylov) -> bool:
-        return state.residuals.max().item() < 0.9 * state.renewed
-
-    def _renewed(self, state: Krylov) -> Krylov:
+    def _renewed(self, state: Krylov, R: Tensor) -> Krylov:
         """Go on from the residuals themselves: a search leaves no vectors that would reduce them.
 
-        Those of one Krylov space are parallel, up to ``block``; where the kept ones are not, only the
-        wanted are kept, with as many vectors to multiply next as their residuals have directions.
+        Only the wanted pairs are kept, with as many vectors to multiply next as their residuals have
+        directions that are larger than they may be.
         """
-        renewed, k = state.residuals.max().item(), min(self.k, state.theta.shape[0])
-        keep = min(self.keep, state.S.shape[0])
-        X = self._directions(state, keep)
-        if X.shape[1] > self.block:
-            keep, X = k, self._directions(state, k)
-            X = X[:, : max(self.block, (self.basis - k) // 2)]
-        state = self._restarted(state, keep, X)
-        return replace(
-            state, X=self._orthonormal(X, state.Q[:keep].T, 1)[:, : self.room - keep],
-            residuals=torch.empty(0), search=None, pure=False, done=False, renewed=renewed,
-            estimates=torch.full((keep,), torch.inf, dtype=torch.float64),
+        k, renewed = min(self.k, state.theta.shape[0]), state.residuals.max().item()
+        Q, triangle = self.space.qr(R)
+        V, sizes, _ = torch.linalg.svd(triangle.cpu())
+        large = max(1, int((sizes > 0.1 * self.rtol * state.norm).sum()))
+        wide = max(self.block, (self.basis - k) // 2)
+        X = self._combined(Q.T, V[:, : min(large, wide, self.room - k)])
+        X = self._orthonormal(X, state.Q[: state.S.shape[0]].T, state.S[:, :k], 2)
+        return self._restarted(
+            state, k, X, search=None, pure=False, done=False, renewed=renewed, failed=torch.inf,
+            residuals=torch.empty(0), estimates=state.residuals,
         )  # fmt: skip
-
-    def _directions(self, state: Krylov, count: int) -> Tensor:
-        """Of the first ``count`` residuals, as far as they are larger than they may be."""
-        R = self._searchable(self._residuals(state, count))
-        V, sizes, _ = torch.linalg.svd(R, full_matrices=False)
-        large = int((sizes > 0.1 * self.rtol * state.norm).sum())
-        directions: Tensor = V[:, : max(1, large)]
-        return directions
 
     def _search(self, state: Krylov) -> Krylov:
         """Begin to look for copies of eigenvalues, from random vectors outside of what is known."""
@@ -197,15 +246,19 @@ class Lanczos(Task[Krylov]):
         # without having found it yet, and only those found are surely orthogonal to it.
         most = max(self.keep, self.basis - 3 * self.block) if state.pure else self.k
         keep = min(most, state.size)
-        known = state.Q[: state.size].T @ state.S[:, :keep].to(state.Q)
         fresh = self._random(min(self.block, self.room - keep), "search", state.products)
-        state = self._restarted(state, keep, self._orthonormal(fresh, known))
+        X = self._orthonormal(fresh, state.Q[: state.size].T, state.S[:, :keep])
+        searching = self._begun(state, keep, X.shape[1])
+        return self._restarted(
+            state, keep, X, search=searching, done=X.shape[1] == 0, rtol=self.rtol
+        )
+
+    def _begun(self, state: Krylov, keep: int, b: int) -> Search:
         places = [x for x in self._places(state).tolist() if self._enters(state, x)]
         suspects = torch.tensor(places, dtype=torch.float64)
-        c, b = suspects.shape[0], state.X.shape[1]
+        c = suspects.shape[0]
         ahead = torch.eye(b, dtype=torch.float64).expand(c, b, b)
-        search = Search(suspects, ahead.new_zeros(c, keep, b), ahead, state.products)
-        return replace(state, search=search, done=b == 0, rtol=self.rtol)
+        return Search(suspects, ahead.new_zeros(c, keep, b), ahead, state.products)
 
     def _places(self, state: Krylov) -> Tensor:
         """Where a missing eigenvalue is to be ruled out: at those found, for copies.
@@ -250,9 +303,12 @@ class Lanczos(Task[Krylov]):
 
     def _resumed(self, state: Krylov, Y: Tensor) -> Krylov:
         """Back from a search: a Krylov space of what it has found, outside of the pairs known."""
-        V = state.Q[self.k : state.size].T @ Y.to(state.Q)
-        state = self._restarted(state, self.k, self._orthonormal(V, state.Q[: self.k].T))
-        return replace(state, search=None, pure=False, residuals=torch.empty(0), renewed=torch.inf)
+        V = self._combined(state.Q[self.k : state.size], Y)
+        X = self._orthonormal(V, state.Q[: self.k].T)
+        return self._restarted(
+            state, self.k, X, search=None, pure=False, residuals=torch.empty(0), renewed=torch.inf,
+            failed=torch.inf,
+        )  # fmt: skip
 
     def _condensed(self, state: Krylov) -> Krylov:
         """In a search, the pairs found as they are, and the best of the rest, ready for a restart."""
@@ -291,8 +347,12 @@ class Lanczos(Task[Krylov]):
     def result(self, state: Krylov, status: Status) -> Eigenpairs:
         k = min(self.k, state.theta.shape[0])
         ascending = state.theta[:k].argsort()
-        Y = state.Q[: state.S.shape[0]].T @ state.S[:, ascending].to(state.Q)
-        residuals, _ = self.measured(state)
+        rows = state.S.shape[0]
+        Y = self._combined(state.Q[:rows], state.S[:, ascending])
+        inside = state.residuals if state.residuals.shape[0] == k else self._by_recurrence(state)[0]
+        residuals = torch.hypot(
+            inside, (state.outside[:, :rows] @ state.S[:, :k]).square().sum(0).sqrt()
+        )
         # Eigenvectors found to the same tolerance may add as much as this from outside the search.
         allowed = (1 + self.U.shape[1] ** 0.5) * self.rtol * state.norm
         if status == "converged" and self.U.shape[1] and residuals.max() > allowed:
@@ -321,13 +381,14 @@ class Lanczos(Task[Krylov]):
         The random part keeps a guess that is an invariant subspace from hiding the rest.
         """
         Z = self._random(self.block, "start")
-        Z /= torch.linalg.vector_norm(Z, dim=0)
+        Z /= self.space.norms(Z).to(Z)
         if self.v0.shape[1] == 0:
             return Z
-        V = self.v0 / torch.linalg.vector_norm(self.v0, dim=0)
-        for i in range(self.block):
-            if i < V.shape[1]:
-                Z[:, i] = V[:, i :: self.block].sum(1) + _RANDOM_PART * Z[:, i]
+        sizes = self.space.norms(self.v0).to(Z)
+        for i in range(min(self.block, self.v0.shape[1])):
+            Z[:, i] *= _RANDOM_PART
+            for c in range(i, self.v0.shape[1], self.block):
+                Z[:, i] += self.v0[:, c] / sizes[c]
         return Z
 
     def _next(
@@ -339,11 +400,10 @@ class Lanczos(Task[Krylov]):
         random ones, which nothing couples.
         """
         space = self.room - Q.shape[1]
-        X, R = torch.linalg.qr(F)
-        V, s, Vh = torch.linalg.svd(R)
-        s, Vh = s.cpu().double(), Vh.cpu().double()
+        X, s, Vh = self._principal(F)
         alive = s > 10 * self.eps * norm
-        X, rounds = X @ V, 1  # F is orthogonal to Q, but for rounding in units of A X, not of F
+        # F is orthogonal to Q, but for rounding in units of F, not of its smallest part
+        rounds = 0 if bool((s[alive] > 0.1 * s.max()).all()) else 1
         if not (alive.all() or fill):
             X, s, Vh = X[:, alive.to(X.device)], s[alive], Vh[alive]
         elif not alive.all():
@@ -353,62 +413,96 @@ class Lanczos(Task[Krylov]):
             s = torch.where(alive, s, 0.0)
         X = X[:, :space]
         coupling = (s[:, None] * Vh)[:space]
-        return self._orthonormal(X, Q, rounds), coupling
+        return self._orthonormal(X, Q, rounds=rounds), coupling
 
-    def _restarted(self, state: Krylov, keep: int, X: Tensor) -> Krylov:
+    def _principal(self, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``F = X diag(s) Vh``, in the memory of ``F`` where it is one vector."""
+        if F.shape[1] == 1:
+            s = self.space.norms(F)
+            X = F.mul_(torch.where(s > 0, 1 / s, 0.0).to(F))
+            return X, s.cpu(), torch.ones(1, 1, dtype=torch.float64)
+        X, R = self.space.qr(F)
+        V, s, Vh = torch.linalg.svd(R.cpu())
+        return self._combined(X.T, V), s, Vh
+
+    def _restarted(self, state: Krylov, keep: int, X: Tensor, **changes: Any) -> Krylov:
+        """From the first ``keep`` Ritz vectors and ``X``, in the memory of ``state``, which is spent."""
         rows = state.S.shape[0]
         keep = min(keep, rows)
-        kept = state.S[:, :keep]
-        S = kept.to(state.Q)
-        Q, W = self._buffer(), self._buffer()
-        Q[:keep], W[:keep] = S.T @ state.Q[:rows], S.T @ state.W[:rows]
-        T = kept.T @ state.T[:rows, :rows] @ kept  # not quite diagonal, in a search
-        return replace(
-            state, Q=Q, W=W, size=keep, X=X, T=(T + T.T) / 2, theta=state.theta[:keep],
-            S=torch.eye(keep, dtype=torch.float64), estimates=state.estimates[:keep],
-        )  # fmt: skip
+        S = state.S[:, :keep]
+        T = S.T @ state.T[:rows, :rows] @ S  # not quite diagonal, in a search
+        linked = X is state.X
+        border = state.border[:, :rows] @ S
+        lost = S.square().T @ state.lost[:rows]
+        full = torch.nn.functional.pad(S, (0, 0, 0, state.size - rows))
+        lost = lost + (state.T @ full - full @ T).square().sum(0)
+        if not linked:
+            lost = lost + border.square().sum(0)
+            border = torch.zeros(X.shape[1], keep, dtype=torch.float64)
+        fields = {
+            "restarts": state.restarts + 1, "size": keep, "X": X, "T": (T + T.T) / 2,
+            "border": border, "lost": lost, "outside": state.outside[:, :rows] @ S,
+            "theta": state.theta[:keep], "S": torch.eye(keep, dtype=torch.float64),
+            "estimates": state.estimates[:keep], **changes,
+        }  # fmt: skip
+        self.turning = Turn(state.Q, S, replace(state, **fields))
+        return self.turning.done()
 
-    def measured(self, state: Krylov) -> tuple[Tensor, Tensor]:
-        """Norms of ``A y - theta y`` and of its part in the space that is searched."""
-        R = self._residuals(state, min(self.k, state.theta.shape[0]))
-        inside = self._searchable(R)
-        norms = [torch.linalg.vector_norm(V, dim=0).cpu().double() for V in (R, inside)]
-        return norms[0], norms[1]
+    def recovered(self, state: Krylov) -> Krylov:
+        if self.turning is None or self.turning.after.restarts <= state.restarts:
+            return state
+        return self.turning.done()  # the memory of the state before is gone
 
-    def _residuals(self, state: Krylov, k: int) -> Tensor:
-        rows, S = state.S.shape[0], state.S[:, :k].to(state.Q)
-        return state.W[:rows].T @ S - state.Q[:rows].T @ (S * state.theta[:k].to(S))
+    def _against(self, F: Tensor, state: Krylov) -> tuple[Tensor, Tensor, Tensor]:
+        """``F = A X`` without its part in the deflated space and in ``[Q, X]``; those parts first.
 
-    def _against(self, V: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-        """``V`` without its part in ``Q`` and the deflated space, and its coefficients in ``Q``."""
-        V = self._searchable(V)
-        C = Q.T @ V
-        V = V - Q @ C
-        D = Q.T @ V  # "twice is enough"
-        V = V - Q @ D
-        return self._searchable(V), (C + D).cpu().double()
+        What the recurrence says goes first; the rest is rounding, and one pass over the basis takes it
+        ("twice is enough"), unless there was more than the recurrence knew.
+        """
+        j = state.size
+        Q = state.Q[: j + F.shape[1]].T
+        outside, F = self._searchable(F)
+        C = torch.zeros(Q.shape[1], F.shape[1], dtype=torch.float64)
+        C[:j] = state.border.T
+        coupled = state.border.ne(0).any(0).nonzero()
+        if coupled.numel():
+            first = int(coupled[0])
+            _subtract(F, Q[:, first:j], C[first:j])
+        C[j:] = self.space.inner(state.X, F).cpu()
+        _subtract(F, state.X, C[j:])
+        for _ in range(3):
+            D = self.space.inner(Q, F).cpu()
+            _subtract(F, Q, D)
+            C += D
+            if bool((D.square().sum(0) <= 1e-2 * self.space.dots(F, F).cpu()).all()):
+                break
+        return outside, C, self._searchable(F)[1]
 
-    def _searchable(self, V: Tensor) -> Tensor:
-        """``V`` without its part in the deflated space."""
-        return V - self.U @ (self.U.T @ V) if self.U.shape[1] else V
+    def _searchable(self, V: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of ``V`` in the deflated space, and ``V`` without it, in its memory."""
+        if self.U.shape[1] == 0:
+            return torch.zeros(0, V.shape[1], dtype=torch.float64), V
+        C = self.space.inner(self.U, V)
+        return C.cpu(), _subtract(V, self.U, C)
 
-    def _orthonormal(self, V: Tensor, Q: Tensor | None = None, rounds: int = 3) -> Tensor:
-        """An orthonormal basis of ``V``, orthogonal to the deflated space and to ``Q``."""
+    def _orthonormal(
+        self, V: Tensor, Q: Tensor | None = None, S: Tensor | None = None, rounds: int = 3
+    ) -> Tensor:
+        """An orthonormal basis of ``V``, orthogonal to the deflated space and to ``Q S``; takes its memory."""
         for _ in range(rounds if V.shape[1] else 0):
-            V = self._searchable(V)
+            V = self._searchable(V)[1]
             if Q is not None:
-                V = V - Q @ (Q.T @ V)
-            V, R = torch.linalg.qr(V)
-            V = V * torch.where(R.diagonal() < 0, -1.0, 1.0)  # what is orthonormal stays as it is
+                C = self.space.inner(Q, V).cpu()
+                _subtract(V, Q, C if S is None else S @ (S.T @ C))
+            V = self.space.qr(V)[0]
         return V
 
-    def _buffer(self) -> Tensor:
-        n, device = self.A.shape[0], self.A.device
-        return torch.empty(self.basis, n, dtype=self.dtype, device=device)
+    def _combined(self, Q: Tensor, S: Tensor) -> Tensor:
+        """``Q' S`` for rows ``Q``, in memory of its own."""
+        return (S.T.to(Q) @ Q).T
 
     def _random(self, count: int, *place: object) -> Tensor:
-        n, device = self.A.shape[0], self.A.device
-        return probes.gaussian(n, count, self.dtype, device, "eigsh", self.seed, *place)
+        return probes.gaussian(self.space, count, "eigsh", self.seed, *place)
 
     def _columns(self, name: str, V: Tensor | None) -> Tensor:
         n = self.A.shape[0]
@@ -418,7 +512,7 @@ class Lanczos(Task[Krylov]):
             got = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
             raise ValueError(f"eigsh expects {name} to be a tensor ({n},) or ({n}, j), got {got}")
         V = V.detach().to(self.A.device, self.dtype).reshape(n, -1)
-        lengths = torch.linalg.vector_norm(V, dim=0)
+        lengths = self.space.largest(V)
         if not torch.isfinite(lengths).all() or (lengths == 0).any():
             raise ValueError(f"eigsh expects {name} with finite columns that are not zero")
         return V
@@ -432,21 +526,17 @@ class Lanczos(Task[Krylov]):
         }  # fmt: skip
 
     def pack(self, state: Krylov) -> dict[str, Any]:
-        used = {name: getattr(state, name)[: state.size].clone() for name in ("Q", "W")}
         search = None if state.search is None else dict(vars(state.search))
         history = [list(pair) for pair in state.history]
-        unit = self.source.unit
-        return {**super().pack(state), **used, "search": search, "history": history, "unit": unit}
+        packed = {**super().pack(state), "search": search, "history": history}
+        return {**packed, "Q": state.Q[: state.size], "unit": self.source.unit}
 
     def unpack(self, saved: Mapping[str, Any]) -> Krylov:
         fields = dict(saved)
         self.source.unit = fields.pop("unit")
-        for name in ("Q", "W"):
-            buffer = torch.empty(
-                self.basis, self.A.shape[0], dtype=self.dtype, device=self.A.device
-            )
-            buffer[: fields["size"]] = fields[name]
-            fields[name] = buffer
+        Q = self.space.empty(self.basis).T
+        Q[: fields["size"]] = fields["Q"]
+        fields["Q"] = Q
         fields["history"] = tuple((count, worst) for count, worst in fields["history"])
         if fields["search"] is not None:
             fields["search"] = Search(**fields["search"])
@@ -458,8 +548,54 @@ class Lanczos(Task[Krylov]):
         if not over or self.rtol >= state.rtol or state.size == self.room:
             return state
         if state.residuals.max() > self.rtol * state.norm:
-            return self._renewed(state)
+            return replace(state, stale=True, done=False, search=None, residuals=torch.empty(0))
         return self._search(replace(state, done=False))
+
+
+@dataclass
+class Turn:
+    """A restart of ``Q`` in its own memory, written down before it begins: one cut short is finished later."""
+
+    Q: Tensor
+    S: Tensor
+    after: Krylov
+    at: tuple[int, Tensor | None] = (
+        0,
+        None,
+    )  # a place, and what belongs there if it may not be there
+
+    def done(self) -> Krylov:
+        """The state after it."""
+        rows, keep = self.S.shape
+        S, n = self.S.T.to(self.Q), self.Q.shape[1]
+        if not torch.equal(self.S, torch.eye(rows, keep, dtype=self.S.dtype)):
+            chunk = max(1024, _CHUNK // rows)
+            while self.at[0] < n:
+                place, piece = self.at
+                stop = min(place + chunk, n)
+                if piece is None:
+                    piece = S @ self.Q[:rows, place:stop]
+                    self.at = (place, piece)
+                self.Q[:keep, place:stop] = piece
+                self.at = (stop, None)  # an interrupt before this writes the piece once more
+        self.at = (n, None)
+        return self.after
+
+
+def _subtract(V: Tensor, Q: Tensor, C: Tensor) -> Tensor:
+    """``V - Q C``, in the memory of ``V``."""
+    return V.addmm_(Q, C.to(V), alpha=-1)
+
+
+def _basis(n: int, k: int, block: int) -> int:
+    """How many vectors to keep: fewer where each is large, as many as a restart needs at least."""
+    if n <= 1 << 20:
+        return max(20, 2 * k) + 10 * block
+    return max(k + max(8, k) + 2 * block, min(max(18, 2 * k) + 2 * block, _KEPT // n))
+
+
+_CHUNK = 1 << 18  # numbers to turn at a time
+_KEPT = 1 << 28  # numbers in the basis, as long as that does
 
 
 _MISSED = 5e-3  # the probability that a search overlooks what is missing

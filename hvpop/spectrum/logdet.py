@@ -170,7 +170,8 @@ class _LogDet(SpectralSampling[_State]):
                 "add damping: A + c * Identity.like(A)"
             )
         above = _forms(nodes, weights, smallest)
-        rounding = smallest / 10 * (weights / nodes.clamp_min(smallest)).sum(0)
+        # the basis is orthonormal to a few roundings, and as far the nodes may be from eigenvalues
+        rounding = 0.4 * smallest * (weights / nodes.clamp_min(smallest)).sum(0)
         below = _forms(*radau, _FLOOR * float(nodes.abs().max()))
         below[0] = torch.minimum(below[0], above[0])
         below[0, (mass & (nodes <= smallest)).any(0)] = -torch.inf

@@ -31,7 +31,7 @@ class Task(ABC, Generic[S]):
     """A computation cut into steps, each of which leaves a state that can be read and saved.
 
     A step builds the next state from the last one and writes to nothing that the last one uses, so
-    that an interrupted step is as if it had not begun.
+    that an interrupted step is as if it had not begun; or else `recovered` knows what to do.
     """
 
     name: str
@@ -52,6 +52,10 @@ class Task(ABC, Generic[S]):
     @abstractmethod
     def verdict(self, state: S) -> Status | None:
         """How it ended, or None if there is more to do."""
+
+    def recovered(self, state: S) -> S:
+        """The last state that can be read after an interrupt, where a step has spent ``state``."""
+        return state
 
     def short(self, state: S) -> Status:
         """How it ended where the budget did."""
@@ -94,7 +98,7 @@ def run(
     if state is None:
         state = task.start()
     status: Status
-    bar = _bar(task.name, max_products) if progress else None
+    bar = _bar(task.name, max_products, state.products) if progress else None
     try:
         with torch.no_grad():
             while (verdict := task.verdict(state)) is None:
@@ -109,18 +113,20 @@ def run(
                     file.save(task.pack(state))
         status = task.short(state) if verdict is None else verdict
     except KeyboardInterrupt:
+        state = task.recovered(state)
         if state.products == 0:
             raise  # there is nothing to return
         status = "interrupted"
     finally:
         if bar is not None:
             bar.close()
+        state = task.recovered(state)
         if file is not None and state.products > 0:
             file.save(task.pack(state))
     return state, status
 
 
-def _bar(name: str, total: int) -> Any:
+def _bar(name: str, total: int, done: int) -> Any:
     from tqdm.auto import tqdm  # seldom needed, and slow to import
 
-    return tqdm(desc=name, total=total, unit=" products")
+    return tqdm(desc=name, total=total, initial=done, unit=" products")

@@ -66,13 +66,15 @@ class _Frobenius(SplitSampling):
         return super().hopeless() or (not self.A.symmetric and (tight or not large))
 
     def of_matrix(self, known: Known) -> Tensor:
-        part: Tensor = torch.linalg.vector_norm(known.AQ, dtype=torch.float64).cpu()
+        part = self.A.T.space.norms(known.AQ).square().sum().sqrt().cpu()
         extrapolated: Tensor = part * (self.order / max(1, known.count)) ** 0.5
         return extrapolated
 
     def read(self, state: SplitState) -> Band:
-        inside = (state.split.Z**2).sum(dtype=torch.float64).cpu()
-        outside = mean((state.split.outside()[1] ** 2).sum(0, dtype=torch.float64).cpu())
+        space = self.A.T.space
+        inside = space.dots(state.split.Z, state.split.Z).sum().cpu()
+        APG = state.split.outside(self.space)[1]
+        outside = mean(space.dots(APG, APG).cpu())
         value = (inside + outside.value).sqrt()
         slope = 0.5 / value.clamp_min(torch.finfo(torch.float64).tiny)
         # Squares are skew; the logarithm of their mean is less so.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
-from .sketch import extend
+from ..operators import LinearOperator, Space
+from .sketch import beside, extend
 
 Measure = tuple[Tensor, Tensor]
 """Nodes and weights ``(m, b)``, float64 on the host; the weights of a column sum to one."""
@@ -30,9 +30,9 @@ class Recurrences:
     beta: Tensor  # (steps, b)
 
     @staticmethod
-    def begin(V: Tensor) -> Recurrences:
-        """From columns ``(n, b)``, which are normalized."""
-        V = V / torch.linalg.vector_norm(V, dim=0)
+    def begin(space: Space, V: Tensor) -> Recurrences:
+        """From columns ``(n, b)``, which are normalized in place."""
+        V /= space.norms(V).to(V)
         none = torch.empty(0, V.shape[1], dtype=torch.float64)
         return Recurrences(torch.zeros_like(V), V, none, none)
 
@@ -48,22 +48,19 @@ class Recurrences:
 
     def step(self, A: LinearOperator) -> Recurrences:
         """After one product more."""
-        V = self.current
+        V, space = self.current, A.space
         F = A @ V
         if self.beta.shape[0]:
-            F = F - self.last * self.beta[-1].to(F)
-        alpha = (V * F).sum(0)
-        F = F - V * alpha
-        beta = torch.linalg.vector_norm(F, dim=0)
-        size = torch.cat([self.alpha.abs(), self.beta, alpha.cpu().double()[None].abs()]).amax(0)
-        done = beta.cpu().double() <= 10 * torch.finfo(F.dtype).eps * size
-        beta = torch.where(done.to(F.device), 0.0, beta)  # an invariant subspace is complete
-        following = torch.where(beta > 0, F / torch.where(beta > 0, beta, 1.0), 0.0)
+            F.addcmul_(self.last, self.beta[-1].to(F), value=-1)
+        alpha = space.dots(V, F)
+        F.addcmul_(V, alpha.to(F), value=-1)
+        alpha, beta = alpha.cpu(), space.norms(F).cpu()
+        size = torch.cat([self.alpha.abs(), self.beta, alpha[None].abs()]).amax(0)
+        done = beta <= 10 * torch.finfo(F.dtype).eps * size
+        beta = torch.where(done, 0.0, beta)  # an invariant subspace is complete
+        F *= torch.where(done, 0.0, 1 / torch.where(done, 1.0, beta)).to(F)
         return Recurrences(
-            V,
-            following,
-            torch.cat([self.alpha, alpha.cpu().double()[None]]),
-            torch.cat([self.beta, beta.cpu().double()[None]]),
+            V, F, torch.cat([self.alpha, alpha[None]]), torch.cat([self.beta, beta[None]])
         )
 
     def measure(self, floor: float | None = None) -> Measure:
@@ -94,12 +91,12 @@ class Block:
     steps: int = 0
 
     @staticmethod
-    def begin(V: Tensor) -> Block:
-        """From columns ``(n, b)``, which are normalized."""
-        V = V / torch.linalg.vector_norm(V, dim=0)
-        X = torch.linalg.qr(V[:, : V.shape[0]])[0]
+    def begin(space: Space, V: Tensor) -> Block:
+        """From columns ``(n, b)``, which are normalized in place."""
+        V /= space.norms(V).to(V)
+        X = space.qr(V[:, : space.n])[0]
         none = torch.empty(0, 0, dtype=torch.float64)
-        return Block(X[:, :0], X, none, none, (X.T @ V).cpu().double())
+        return Block(X[:, :0], X, none, none, space.inner(X, V).cpu())
 
     @property
     def complete(self) -> bool:
@@ -108,19 +105,19 @@ class Block:
 
     def step(self, A: LinearOperator) -> Block:
         """After one block product more."""
-        F = A @ self.current
-        Q = torch.cat([self.Q, self.current], 1)
-        C = (Q.T @ F).cpu().double()
+        F, space = A @ self.current, A.space
+        Q = beside(self.Q, self.current)
+        C = space.inner(Q, F).cpu()
         m = self.Q.shape[1]
         C[m:] = (C[m:] + C[m:].T) / 2
         T = torch.cat([torch.cat([self.T, C[:m]], 1), C.T], 0)
-        space = Q.shape[0] - Q.shape[1]
-        if space == 0:
+        room = Q.shape[0] - Q.shape[1]
+        if room == 0:
             return Block(Q, F[:, :0], T, T[:0], self.first, self.steps + 1)
-        E, _, R = extend(Q, F[:, :space])
+        E, _, R = extend(space, Q, F[:, :room])
         coupling = torch.zeros(E.shape[1], Q.shape[1], dtype=torch.float64)
-        coupling[:, m : m + R.shape[1]] = R.cpu().double()
-        coupling[:, m + R.shape[1] :] = (E.T @ F[:, R.shape[1] :]).cpu().double()
+        coupling[:, m : m + R.shape[1]] = R.cpu()
+        coupling[:, m + R.shape[1] :] = space.inner(E, F[:, R.shape[1] :]).cpu()
         return Block(Q, E, T, coupling, self.first, self.steps + 1)
 
     def measure(self, floor: float | None = None) -> Measure:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..operators import Space
 from ..operators.wording import counted
 
 Status = Literal[
@@ -91,9 +92,11 @@ class DiagonalEstimate:
     history: tuple[tuple[int, float, float], ...] = field(default=())  # (products, norm, error)
 
     def __repr__(self) -> str:
-        error = (self.high - self.low).norm() / 2
+        error, size = (
+            Space.of(x).norms(x) for x in ((self.high - self.low)[:, None] / 2, self.value[:, None])
+        )
         return (
-            f"<diagonal of {self.value.shape[0]} entries, norm {self.value.norm().item():.4g} "
+            f"<diagonal of {self.value.shape[0]} entries, norm {size.item():.4g} "
             f"+- {error.item():.1e}, {counted(self.products, 'product')}, {self.status}>"
         )
 

@@ -12,7 +12,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, Space, arguments
 from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
@@ -34,15 +34,20 @@ class Band:
 
     def error(self) -> float:
         """Half the width, in the Euclidean norm if there are many entries."""
-        return float(torch.linalg.vector_norm((self.high - self.low) / 2))
+        return _length((self.high - self.low) / 2)
 
     def size(self) -> float:
         """The norm of the value."""
-        return float(torch.linalg.vector_norm(self.value))
+        return _length(self.value)
 
     def scaled(self, unit: float) -> Band:
         """For a multiple of the operator."""
         return Band(*(unit * part for part in vars(self).values()))
+
+
+def _length(x: Tensor) -> float:
+    columns = x.reshape(-1, 1)
+    return float(Space.of(columns).norms(columns))
 
 
 def student(value: Tensor, standard_error: Tensor, samples: int) -> Band:
@@ -90,7 +95,7 @@ class Sampling(Task[S]):
         self.A, self.rtol, self.block = A, rtol, block
         self.seed = arguments.seed(self.name, seed)
         self.dtype = working_dtype(A.torch_dtype)
-        self.source = Measured(self.name, A)
+        self.source, self.space = Measured(self.name, A), A.space
         self.order = min(A.shape)  # as many products tell all of it
 
     @property
@@ -134,7 +139,7 @@ class Sampling(Task[S]):
         return self.samples(state)
 
     def drawn(
-        self, draw: Callable[..., Tensor], n: int, state: S, affordable: int, *key: object
+        self, draw: Callable[..., Tensor], space: Space, state: S, affordable: int, *key: object
     ) -> Tensor:
         """The next probes, ``(n, count)``: the rest of a round of ``block``, or what is affordable of it.
 
@@ -144,7 +149,7 @@ class Sampling(Task[S]):
         used = placed % self.block
         count = min(self.block - used, affordable)
         key = (self.seed, self.name, (placed - used) * self.unit, *key)
-        return draw(n, count, *self.like().values(), *key, skip=used)
+        return draw(space, count, *key, skip=used)
 
     def measures(self, state: S) -> tuple[float, float]:
         """The sizes of the estimate and of its error."""
@@ -195,10 +200,6 @@ class Sampling(Task[S]):
             band.value.item(), band.standard_error.item(), band.low.item(), band.high.item(),
             state.products, status, state.history,
         )  # fmt: skip
-
-    def like(self) -> dict[str, Any]:
-        """Where and in what dtype vectors live."""
-        return {"dtype": self.dtype, "device": self.A.device}
 
 
 class CompletableState(SampledState, Protocol):
@@ -281,7 +282,7 @@ class Completing(Sampling[C]):
         if not self.exhausted(state):
             return student(value, value, 0)
         eps = torch.finfo(self.dtype).eps
-        rounding = 10 * eps ** (0.75 if probes_ else 1.0) * float(known.AQ.norm())
+        rounding = 10 * eps ** (0.75 if probes_ else 1.0) * _length(known.AQ.T)
         return Band(value, torch.zeros_like(value), value - rounding, value + rounding)
 
     def _completes(self, state: C) -> bool:

@@ -7,23 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, Space
 
 
-def extend(Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def extend(space: Space, Q: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``Y = Q C + E R`` with ``[Q, E]`` orthonormal: returns ``E``, ``C`` and ``R``.
 
     Columns of ``Y`` that lie in ``Q`` or depend on each other get a direction of their own in ``E``
-    and a diagonal entry in ``R`` that is tiny, but never zero.
+    and a diagonal entry in ``R`` that is tiny, but never zero. ``C`` and ``R`` are float64.
     """
-    scale = torch.linalg.vector_norm(Y, dim=0).max()
-    C = Q.T @ Y
-    E, R = torch.linalg.qr(Y - Q @ C)
+    eps = torch.finfo(Y.dtype).eps
+    scale = space.norms(Y).max()
+    C = space.inner(Q, Y)
+    E, R = space.qr(torch.addmm(Y, Q, C.to(Y), alpha=-1))
     for _ in range(2):  # what was lost in rounding came out at random: once more
-        D = Q.T @ E
-        E, again = torch.linalg.qr(E - Q @ D)
+        D = space.inner(Q, E)
+        if D.numel() == 0 or float(D.abs().max()) <= eps / 8:
+            break
+        E, again = space.qr(E.addmm_(Q, D.to(E), alpha=-1))
         C, R = C + D @ R, again @ R
-    floor = torch.finfo(Y.dtype).eps * torch.where(scale > 0, scale, 1.0)
+    floor = eps * torch.where(scale > 0, scale, 1.0)
     d = R.diagonal()
     R = R + torch.diag(torch.where(d.abs() < floor, torch.where(d < 0, -floor, floor), 0.0))
     return E, C, R
@@ -55,29 +58,31 @@ class LeaveOut:
 
     def grown(self, A: LinearOperator, Omega: Tensor, Y: Tensor, *, keep: bool) -> LeaveOut:
         """After another block product, with ``Y = A Omega``; ``keep`` says whether to keep ``A Q``."""
-        E, C, R = extend(self.Q, Y)
+        space = A.space
+        E, C, R = extend(space, self.Q, Y)
         Z = A @ E
-        Q = torch.cat([self.Q, E], 1)
-        H = _small(Q.T @ Z)
+        Q = beside(self.Q, E)
+        H = _small(space.inner(Q, Z))
         N, old = Q.shape[1], self.Q.shape[1]
+        every = beside(self.Omega, Omega)
         corner = (H[old:] + H[old:].T) / 2
-        W = torch.cat([_small(E.T @ self.Omega), _small(E.T @ Omega)], 1)
+        W = _small(space.inner(E, every))
         return LeaveOut(
-            torch.cat([self.Omega, Omega], 1),
+            every,
             Q,
-            torch.cat([self.Z, Z], 1) if keep else self.Z,
+            beside(self.Z, Z) if keep else self.Z,
             _bordered(self.R, _small(C), torch.zeros(N - old, old, dtype=torch.float64), _small(R)),
             _bordered(self.H, H[:old], H[:old].T, corner),
-            torch.cat([torch.cat([self.W, _small(self.Q.T @ Omega)], 1), W], 0),
-            torch.cat([self.quadratic, _small((Omega * Y).sum(0))]),
-            torch.cat([self.squares, _small((Omega * Omega).sum(0))]),
+            torch.cat([torch.cat([self.W, _small(space.inner(self.Q, Omega))], 1), W], 0),
+            torch.cat([self.quadratic, _small(space.dots(Omega, Y))]),
+            torch.cat([self.squares, _small(space.dots(Omega, Omega))]),
         )
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Unit columns ``s_i``: without probe i the basis is ``Q (I - s_i s_i')``; and ``s_i' R_i``."""
         eye = torch.eye(self.R.shape[0], dtype=torch.float64)
         S = torch.linalg.solve_triangular(self.R.T, eye, upper=False)
-        S = S / torch.linalg.vector_norm(S, dim=0)
+        S = S / S.square().sum(0).sqrt()
         return S, (S * self.R).sum(0)
 
 
@@ -97,14 +102,19 @@ class Split:
 
     def grown(self, A: LinearOperator, Y: Tensor, G: Tensor, AG: Tensor) -> Split:
         """After a product more for each probe; ``Y`` is a sketch of the rows."""
-        E, _, _ = extend(self.Q, Y)
+        E, _, _ = extend(A.space, self.Q, Y)
         pairs = ((self.Q, E), (self.Z, A @ E), (self.G, G), (self.AG, AG))
-        return Split(*(torch.cat(pair, 1) for pair in pairs))
+        return Split(*(beside(*pair) for pair in pairs))
 
-    def outside(self) -> tuple[Tensor, Tensor]:
+    def outside(self, space: Space) -> tuple[Tensor, Tensor]:
         """``P G`` and ``A P G`` for the projection ``P`` on the complement of ``Q``; no product."""
-        C = self.Q.T @ self.G
+        C = space.inner(self.Q, self.G).to(self.Q)
         return self.G - self.Q @ C, self.AG - self.Z @ C
+
+
+def beside(A: Tensor, B: Tensor) -> Tensor:
+    """``[A, B]``, in the layout of a `Space`."""
+    return torch.cat([A.T, B.T]).T
 
 
 def _small(M: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import probes
 from .known import Known
 from .sampling import Completing, History
-from .sketch import LeaveOut, Split, extend
+from .sketch import LeaveOut, Split, beside, extend
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,16 @@ class SplitSampling(Completing[SplitState]):
         return SplitState(Split.empty(self.A, self.dtype), self.nothing())
 
     def sampled(self, state: SplitState, left: int) -> SplitState:
-        (m, n), affordable = self.A.shape, left // self.unit
-        sketch = self.drawn(probes.gaussian, m, state, affordable, "sketch")
-        G = self.drawn(probes.signs, n, state, affordable, "probe")
+        affordable = left // self.unit
+        sketch = self.drawn(probes.gaussian, self.A.T.space, state, affordable, "sketch")
+        G = self.drawn(probes.signs, self.space, state, affordable, "probe")
         A, count = self.source, G.shape[1]
         if A.symmetric:  # one pass for both
-            both = A @ torch.cat([sketch, G], 1)
+            both = A @ beside(sketch, G)
             Y, AG = both[:, :count], both[:, count:]
         else:
             Y, AG = A.T @ sketch, A @ G
-        if self.flat(state, extend(state.split.Q, Y)[0]):
+        if self.flat(state, extend(self.space, state.split.Q, Y)[0]):
             return replace(state, products=state.products + 2 * count)
         split = state.split.grown(A, Y, G, AG)
         return replace(state, split=split, products=state.products + 3 * count)
@@ -84,10 +83,9 @@ class LeaveOutSampling(Completing[LeaveOutState]):
     draw: Callable[..., Tensor]  # one of the functions of `probes`
 
     def sampled(self, state: LeaveOutState, left: int) -> LeaveOutState:
-        n = self.A.shape[0]
-        Omega = self.drawn(self.draw, n, state, left // self.unit)
+        Omega = self.drawn(self.draw, self.space, state, left // self.unit)
         Y = self.source @ Omega
-        if self.keep and self.flat(state, extend(state.sketch.Q, Y)[0]):
+        if self.keep and self.flat(state, extend(self.space, state.sketch.Q, Y)[0]):
             return replace(state, products=state.products + Omega.shape[1])
         sketch = state.sketch.grown(self.source, Omega, Y, keep=self.keep)
         return replace(state, sketch=sketch, products=state.products + 2 * Omega.shape[1])

@@ -43,8 +43,9 @@ class SpectralSampling(Sampling[Q]):
         affordable = self.block if whole else max(1, left // self.length(state))
 
         def begin() -> Recurrences | Block:
-            V = self.drawn(probes.gaussian, n, state, affordable)
-            return Block.begin(V) if n <= max(self.budget, SMALL) else Recurrences.begin(V)
+            V = self.drawn(probes.gaussian, self.space, state, affordable)
+            kind = Block if n <= max(self.budget, SMALL) else Recurrences
+            return kind.begin(self.space, V)
 
         return state.quadrature.stepped(self.source, begin)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..operators import BatchForms, LinearOperator
-from ..operators.crossing import working_dtype
 from . import probes
 from .results import Eigenpairs, Estimate
 
@@ -82,5 +81,4 @@ def _forms(who: str, A: LinearOperator, V: Tensor, batches: int | None = None) -
 
 
 def _signs(A: LinearOperator, count: int, *place: object) -> Tensor:
-    dtype = working_dtype(A.torch_dtype)
-    return probes.signs(A.shape[0], count, dtype, A.device, "data error", *place)
+    return probes.signs(A.space, count, "data error", *place)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
 from . import operand, probes, spread
 from .known import Known
@@ -24,10 +24,10 @@ TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 def trace(
     A: LinearOperator,
     *,
-    method: TraceMethod = "xtrace",
+    method: TraceMethod | None = None,
     rtol: float | None = 0.02,
     max_products: int = 400,
-    block: int = 16,
+    block: int | None = None,
     seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -39,7 +39,8 @@ def trace(
     ----------
     A : LinearOperator
         Square; symmetric for "hutch++" and "xtrace".
-    method : {"xtrace", "hutch++", "hutchinson"}
+    method : {"xtrace", "hutch++", "hutchinson"}, optional
+        Default: "xtrace" up to ``2^20`` entries, and beyond "hutchinson", which keeps no vectors.
         "hutchinson" averages ``z' A z`` over random signs (Girard 1987, Hutchinson 1990); its error
         falls as the square root of the products. "hutch++" takes the trace exactly on a sketch of
         the range and samples the rest (Meyer, Musco, Musco and Woodruff 2021). "xtrace" makes every
@@ -51,8 +52,9 @@ def trace(
     max_products : int
         The budget. Never more than ``n`` are taken: where sampling would take as many, and the budget
         allows it, the rest of the matrix is multiplied out, and the answer exact.
-    block : int
-        Probes a round; a round is one block product for "hutchinson", two for the others.
+    block : int, optional
+        Probes a round; a round is one block product for "hutchinson", two for the others. Default 16,
+        fewer where so many vectors are more than ``2^22`` numbers.
     seed : int or torch.Generator
         Equal ones give equal numbers.
     progress, checkpoint
@@ -75,6 +77,11 @@ def trace(
     FloatingPointError
         If a product is not finite.
 
+    Notes
+    -----
+    Memory: "hutchinson" takes a block and its product, at most ``block + 6`` vectors with the default
+    block from a million entries on; the other methods two vectors a probe on top.
+
     Examples
     --------
     >>> import torch
@@ -85,6 +92,12 @@ def trace(
     >>> found.status, round(found.value, 2), found.products
     ('converged', 2.0, 32)
     """
+    arguments.operator("trace", A)
+    n = max(A.shape)
+    if method is None:
+        method = "xtrace" if n <= 1 << 20 else "hutchinson"
+    if block is None:
+        block = max(1, min(16, (1 << 22) // max(1, n)))
     if method not in get_args(TraceMethod):
         raise ValueError(f"trace expects method in {get_args(TraceMethod)}, got {method!r}")
     if method == "hutchinson":
@@ -112,7 +125,7 @@ class _Samples:
 
 class _Trace(Completing[C]):
     def of_matrix(self, known: Known) -> Tensor:
-        part: Tensor = (known.Q * known.AQ).sum().cpu().double()
+        part = self.space.dots(known.Q, known.AQ).sum().cpu()
         extrapolated: Tensor = part * (self.order / max(1, known.count))
         return extrapolated
 
@@ -125,8 +138,8 @@ class _Hutchinson(_Trace[_Samples]):
         return _Samples(torch.empty(0, dtype=torch.float64), self.nothing())
 
     def sampled(self, state: _Samples, left: int) -> _Samples:
-        V = self.drawn(probes.signs, self.A.shape[0], state, left)
-        values = torch.cat([state.values, (V * (self.source @ V)).sum(0).cpu().double()])
+        V = self.drawn(probes.signs, self.space, state, left)
+        values = torch.cat([state.values, self.space.dots(V, self.source @ V).cpu()])
         return replace(state, values=values, products=state.products + V.shape[1])
 
     def samples(self, state: _Samples) -> int:
@@ -141,9 +154,9 @@ class _HutchPlusPlus(SplitSampling, _Trace[SplitState]):
 
     def read(self, state: SplitState) -> Band:
         split = state.split
-        inside = (split.Q * split.Z).sum().cpu().double()
-        PG, APG = split.outside()
-        band = mean((PG * APG).sum(0).cpu().double())
+        inside = self.space.dots(split.Q, split.Z).sum().cpu()
+        PG, APG = split.outside(self.space)
+        band = mean(self.space.dots(PG, APG).cpu())
         return Band(band.value + inside, band.standard_error, band.low + inside, band.high + inside)
 
 

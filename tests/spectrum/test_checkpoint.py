@@ -225,7 +225,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "too large": lambda s: {**s, "size": 10**6},
     "another shape": lambda s: {**s, "Q": s["Q"][:, :-1]},
     "another type": lambda s: {**s, "T": s["T"].tolist()},
-    "another dtype": lambda s: {**s, "W": s["W"].float()},
+    "another dtype": lambda s: {**s, "X": s["X"].float()},
     "nan": lambda s: {**s, "Q": s["Q"] * torch.nan},
     "negative": lambda s: {**s, "products": -(10**6)},
     "one more": lambda s: {**s, "zz": 1},
