@@ -45,6 +45,8 @@ class DataAverage(LinearOperator):
     that the pairs of several processes can be added before.
     """
 
+    _fresh = True
+
     def __init__(self, risk: EmpiricalRisk, strategy: HVPStrategy, point: Params) -> None:
         dtype, device = space_of(point)
         self._layout = layout_of(point)

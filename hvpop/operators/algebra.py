@@ -59,6 +59,8 @@ class Composite(LinearOperator):
 class Sum(Composite):
     """``A + B + ...``."""
 
+    _fresh = True
+
     def __init__(self, *terms: LinearOperator) -> None:
         terms = tuple(t for term in terms for t in (term.parts if type(term) is Sum else (term,)))
         for term in terms[1:]:
@@ -67,7 +69,12 @@ class Sum(Composite):
         super().__init__(terms, terms[0].shape, symmetric=all(t.symmetric for t in terms))
 
     def _apply(self, V: Tensor) -> Tensor:
-        return reduce(lambda Y, part: _plus(Y, part, V), self.parts[1:], self.parts[0]._apply(V))
+        first, *others = self.parts
+        Y = first._apply(V)
+        own = first._gives_fresh() and crossing.writable(Y, V)
+        for part in others:
+            Y, own = _plus(Y.detach(), part, V, own), True
+        return Y
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return reduce(Tensor.add, (part._apply_transpose(U) for part in self.parts))
@@ -114,6 +121,8 @@ class Product(Composite):
 
 class Scaled(Composite):
     """``c * A``."""
+
+    _fresh = True
 
     def __init__(self, scale: float, A: LinearOperator) -> None:
         super().__init__((A,), A.shape, symmetric=A.symmetric)
@@ -196,12 +205,12 @@ def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:
     return product if A is factors[0] and B is factors[1] else Scaled(scale, product)
 
 
-def _plus(Y: Tensor, part: LinearOperator, V: Tensor) -> Tensor:
-    """``Y + part V``; without a block for a multiple of the identity."""
+def _plus(Y: Tensor, part: LinearOperator, V: Tensor, own: bool) -> Tensor:
+    """``Y + part V``, in ``Y`` if that is one's own; without a block for a multiple of the identity."""
     if type(part) is Scaled and type(part.parts[0]) is Identity:
-        own = crossing.writable(Y, V)
-        return Y.add_(V, alpha=part.scale) if own else torch.add(Y, V, alpha=part.scale)
-    return Y + part._apply(V)
+        return torch.add(Y, V, alpha=part.scale, out=Y if own and Y.dtype is V.dtype else None)
+    product = part._apply(V).detach()
+    return torch.add(Y, product, out=Y if own and Y.dtype is product.dtype else None)
 
 
 def _are_transposes(A: LinearOperator, B: LinearOperator) -> bool:

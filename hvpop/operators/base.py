@@ -78,6 +78,9 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
 
     # -- hooks ------------------------------------------------------------------------------------
 
+    _fresh = False
+    """Said beside ``_apply``: its results are new memory, that a sum may be gathered in."""
+
     def _apply(self, V: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not implement _apply(V)")
 
@@ -95,6 +98,17 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         """See `batch_forms`; implemented by what averages over data."""
         return None
+
+    def _gives_fresh(self) -> bool:
+        """Whether the classes that implement the hooks say that their results are `_fresh`.
+
+        A class of a user's may keep what it returns.
+        """
+        order = [kind for kind in type(self).__mro__ if issubclass(kind, LinearOperator)]
+        owners = [
+            next(k for k in order if hook in vars(k)) for hook in ("_apply", "_apply_transpose")
+        ]
+        return all(vars(k).get("_fresh", k is LinearOperator) for k in owners)
 
     def _averages_data(self) -> bool:
         """Whether this matrix, or any that it is made of, averages over data."""

@@ -57,6 +57,8 @@ class Diagonal(LinearOperator):
     tensor([3., 8.])
     """
 
+    _fresh = True
+
     def __init__(self, d: Tensor | NDArrayAny) -> None:
         self.d = _entries("Diagonal", d, ndim=1)
         n = self.d.shape[0]
@@ -79,6 +81,8 @@ class Dense(LinearOperator):
     >>> A.T @ torch.tensor([1.0, 0.0])
     tensor([1., 2.])
     """
+
+    _fresh = True
 
     def __init__(self, matrix: Tensor | NDArrayAny, *, symmetric: bool = False) -> None:
         self.matrix = _entries("Dense", matrix, ndim=2)
@@ -111,6 +115,8 @@ class LowRank(LinearOperator):
     tensor([[1., 2.],
             [2., 4.]])
     """
+
+    _fresh = True
 
     def __init__(
         self,

@@ -75,7 +75,8 @@ class Damped(Composite):
         if type(self).damping is not Damped.damping:
             return Y + self.damping(V)
         D = self._damping.to(V.dtype)
-        return Y.addcmul_(D, V) if crossing.writable(Y, V) else torch.addcmul(Y, D, V)
+        own = self.operator._gives_fresh() and crossing.writable(Y, V) and Y.dtype is V.dtype
+        return torch.addcmul(Y.detach(), D, V, out=Y.detach() if own else None)
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.operator._batch_forms(V, batches)

@@ -281,3 +281,54 @@ def test_batches_of_vectors_along_the_first_axes_as_scipy_may_pass_them() -> Non
     assert A._matvec(V[0, :1].T).shape == (3, 1)
     with pytest.raises(ValueError, match=r"expects shape \(4, k\)"):
         A._matvec(U)
+
+
+class Cached(LinearOperator):
+    """An operator of a user's that keeps what it returns."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__((n, n), dtype=torch.float64, device="cpu", symmetric=True)
+        self.kept: Tensor | None = None
+
+    def _apply(self, V: Tensor) -> Tensor:
+        if self.kept is None or self.kept.shape != V.shape:
+            self.kept = 2 * V
+        return self.kept
+
+
+class CachedDiagonal(Diagonal):
+    """The same as a subclass of an operator whose products are new memory."""
+
+    kept: Tensor | None = None
+
+    def _apply(self, V: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = super()._apply(V)
+        return self.kept
+
+
+@pytest.mark.parametrize("kind", ["class", "subclass", "function"])
+def test_no_sum_is_gathered_in_what_a_users_operator_keeps(kind: str) -> None:
+    n, twos = 3, torch.full((3,), 2.0, dtype=torch.float64)
+    kept: list[Tensor] = []
+
+    def product(V: Tensor) -> Tensor:
+        kept[:] = kept or [2 * V]
+        return kept[0]
+
+    def made() -> LinearOperator:
+        if kind == "function":
+            return FromFunction(product, (n, n), dtype=torch.float64, symmetric=True)
+        return Cached(n) if kind == "class" else CachedDiagonal(twos)
+
+    v = torch.arange(1.0, 4.0, dtype=torch.float64)
+    for around in (
+        lambda A: A + 0.5 * Identity.like(A),
+        lambda A: A + Diagonal(0.5 * torch.ones(n, dtype=torch.float64)),
+        lambda A: Damped(A, 0.5),
+        lambda A: Damped(A + 0.25 * Identity.like(A), 0.25),
+    ):
+        kept.clear()
+        B = around(made())
+        for _ in range(3):
+            torch.testing.assert_close(B @ v, 2.5 * v, rtol=1e-15, atol=0)
