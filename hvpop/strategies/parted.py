@@ -104,7 +104,8 @@ class DoublePullBack:
     def __init__(self, parted: Parted) -> None:
         self._like = parted.outputs
         self._curved = [z for z in parted.outputs if z.requires_grad]
-        self._u = [torch.zeros_like(z).requires_grad_() for z in self._curved]
+        # Linear in u, so that any will do; but some derivatives of torch's are no numbers at zero.
+        self._u = [torch.ones_like(z).requires_grad_() for z in self._curved]
         pulled: tuple[Tensor | None, ...] = ()
         if self._curved:
             pulled = torch.autograd.grad(
