@@ -169,7 +169,7 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         """``A x``: a product with a vector, a block, a scalar or another operator."""
         if isinstance(x, scipy.sparse.linalg.LinearOperator) or _is_scalar(x):
             return self * x
-        crossing.refuse_pieces(repr(self), x)
+        crossing.refuse_pieces(self, x)
         ndim = x.ndim if isinstance(x, Tensor) else np.ndim(x)
         return self.matmat(x) if ndim == 2 else self.matvec(x)
 
@@ -309,7 +309,7 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     def __rmatmul__(self, other: Any) -> Any:
         if _is_scalar(other):
             raise ValueError(f"{other} @ {self!r}: use * to multiply by a scalar")
-        crossing.refuse_pieces(repr(self), other)
+        crossing.refuse_pieces(self, other)
         left = other if hasattr(other, "ndim") else np.asarray(other)
         return self.rmatmat(left.T).T if left.ndim == 2 else self.rmatvec(left)
 

@@ -70,7 +70,7 @@ def multiply(
         _check_shape(A, tuple(x.shape), n, columns)
         _check_kind(A, x)
         return _rounded(A, _product(A, hook, m, x.detach()), x.dtype).reshape(m, *x.shape[1:])
-    array = _numbers(repr(A), x, kinds="biufc")
+    array = _numbers(A, x, kinds="biufc")
     _check_shape(A, array.shape, n, columns)
 
     def product(part: NDArrayAny) -> NDArrayAny:
@@ -94,7 +94,7 @@ def forms(
         _check_kind(A, x)
         V = x.detach()
     else:
-        array = _numbers(repr(A), x, kinds="biuf")
+        array = _numbers(A, x, kinds="biuf")
         _check_shape(A, array.shape, n, columns=True)
         V = _from_numpy(array, A.dtype)
     if V.shape[1] == 0:
@@ -153,26 +153,32 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def refuse_pieces(who: str, values: Any) -> None:
+def refuse_pieces(who: object, values: Any) -> None:
     """Refuse tensors by name or in a list, such as gradients, in place of one array."""
     pieces = values.values() if isinstance(values, Mapping) else values
     if isinstance(pieces, list | tuple | ValuesView) and any(
         isinstance(piece, Tensor) and piece.ndim for piece in pieces
     ):
         raise TypeError(
-            f"{who} expects one array, got a {type(values).__name__} of {len(pieces)} tensors; those "
+            f"{_named(who)} expects one array, got a {type(values).__name__} of {len(pieces)} tensors; those "
             "of named parameters become one vector with layout.flatten(...) of their operator"
         )
 
 
-def _numbers(who: str, values: Any, kinds: str) -> NDArrayAny:
+def _named(who: object) -> str:
+    return who if isinstance(who, str) else repr(who)  # not made before it is asked for
+
+
+def _numbers(who: object, values: Any, kinds: str) -> NDArrayAny:
     refuse_pieces(who, values)
     if hasattr(values, "toarray"):
         got = type(values).__name__
-        raise TypeError(f"{who} expects a dense array, got {got}; use its .toarray()")
+        raise TypeError(f"{_named(who)} expects a dense array, got {got}; use its .toarray()")
     array = np.asarray(values)
     if array.dtype.kind not in kinds:
-        raise TypeError(f"{who} expects real numbers, got {values!r:.80} (dtype {array.dtype})")
+        raise TypeError(
+            f"{_named(who)} expects real numbers, got {values!r:.80} (dtype {array.dtype})"
+        )
     return array
 
 

@@ -32,6 +32,17 @@ ORDINARY = {
 }
 """Layers without random numbers, buffers, attention, checkpoints or ops that must be rewritten to be right."""
 
+ORDINARY_IN_EVAL = {
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+}
+"""Layers that are so in eval mode: they draw nothing, and read their buffers without writing to them."""
+
 ORDINARY_LOSSES = {nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss}
 
 
@@ -42,7 +53,7 @@ def is_plain(modules: Iterable[nn.Module], loss: Any) -> bool:
     unknown get them.
     """
     return type(loss) in ORDINARY_LOSSES and all(
-        type(m) in ORDINARY
+        (type(m) in ORDINARY or (type(m) in ORDINARY_IN_EVAL and not m.training))
         and not m._forward_hooks
         and not m._forward_pre_hooks
         and "forward" not in m.__dict__  # put there by tools that patch layers

@@ -106,7 +106,7 @@ def test_a_routine_finds_what_the_dense_matrix_gives(routine: str, operator: str
 def test_least_squares_and_singular_values_of_a_rectangular_operator() -> None:
     A, matrix = dense(9, 4)
     M, y = matrix.numpy(), entries(9).numpy()
-    expected = np.linalg.lstsq(M, y)[0]
+    expected = np.linalg.lstsq(M, y, rcond=None)[0]
     for solver in (sla.lsmr, sla.lsqr):
         found = solution(solver, atol=1e-14, btol=1e-14)(A, y)
         assert np.linalg.norm(found - expected) <= 1e-11 * np.linalg.norm(expected)
