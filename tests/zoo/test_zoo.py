@@ -30,7 +30,10 @@ ANSWERED = [case for case in CASES.values() if case.refused is None]
 REFUSED = [case for case in CASES.values() if case.refused is not None]
 COMPARED = [case for case in ANSWERED if case.reference != "laws"]
 COEFFICIENTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-ADVICE = "batches are run one by one"  # a warning about speed, that any model may get
+ADVICE = (
+    "batches are run one by one"  # a warning about speed, that any model may get
+    "|Sparse invariant checks are implicitly disabled"  # torch 2.11's own, of any sparse tensor
+)
 TRUSTED = 1e-8  # what two step sizes of the reference may differ by
 
 
