@@ -146,6 +146,29 @@ transforms = _private(
 )
 
 
+# --- young names: what they are for, and what serves without --------------------------------------------
+
+foreach_add_ = _private("torch._foreach_add_", "to add a batch's product in one call (since 1.9)")
+foreach_mul_ = _private("torch._foreach_mul_", "to divide by the weights in one call (since 1.9)")
+foreach_mul = _private("torch._foreach_mul", "to begin a sum in one call (since 1.9)")
+
+
+def make_fx() -> Any:
+    """The tracer of `Compiled` (since 2.0). Without it the strategy that is wrapped serves, with this reason."""
+    return _private("torch.fx.experimental.proxy_tensor.make_fx", "to trace products")
+
+
+def inductor_compile() -> Any:
+    """TorchInductor on a graph (since 2.0). Without it the traced graph serves, operation by operation."""
+    return _private("torch._inductor.compile", "to compile traced products")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a device (`torch.accelerator`, since 2.6); the host waits by itself."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def missing(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("stands for what this torch does not have")
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hvpop import HessianOperator, _torch
+from hvpop import Compiled, HessianOperator, _torch
 from hvpop.risk import canaries, policies
 from hvpop.strategies.graphs import why_missing
 
@@ -236,6 +236,25 @@ def test_what_torch_does_not_have_is_said_at_once() -> None:
         _torch._private("torch._C._gone", "to see it")
     with pytest.raises(ImportError, match=r"torch\.nowhere\.name"):
         _torch._private("torch.nowhere.name", "to see it")
+
+
+def test_without_a_tracer_the_wrapped_strategy_serves_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone() -> Any:
+        return _torch._private(
+            "torch.fx.experimental.proxy_tensor.make_fx_gone", "to trace products"
+        )
+
+    monkeypatch.setattr(_torch, "make_fx", gone)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double()
+    data = [(X, Y)]
+    v = torch.ones(8, dtype=torch.float64)
+    expected = HessianOperator(net, nn.MSELoss(), data) @ v
+    H = HessianOperator(net, nn.MSELoss(), data, strategy=Compiled(compiler=False))
+    with pytest.warns(UserWarning, match=r"make_fx_gone to trace products; torch .* has nothing"):
+        found = H @ v
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_function_without_the_name_of_its_class_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..operators import Layout
 from ..operators.crossing import working_dtype
 from ..strategies import LinearMap, Params
@@ -30,7 +31,7 @@ class WeightedSum:
             self._first = tensors
         else:
             self._begin()
-            torch._foreach_add_(self._sum, tensors, alpha=weight)
+            _torch.foreach_add_(self._sum, tensors, alpha=weight)
         self._weight += weight
 
     def result(self) -> list[Tensor]:
@@ -41,13 +42,13 @@ class WeightedSum:
             return self._first
         self._begin()
         if self._normalized:
-            torch._foreach_mul_(self._sum, 1.0 / self._weight)
+            _torch.foreach_mul_(self._sum, 1.0 / self._weight)
         return self._sum
 
     def _begin(self) -> None:
         """Turn the first term, whose weight is all there is so far, into the start of the sum."""
         if self._first:
-            self._sum, self._first = list(torch._foreach_mul(self._first, self._weight)), []
+            self._sum, self._first = list(_torch.foreach_mul(self._first, self._weight)), []
 
 
 def layout_of(point: Params) -> Layout:

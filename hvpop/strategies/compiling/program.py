@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from ... import _torch
 from ..rounding import agree, reordered, rounding
 from .buffers import fuse_additions, reuse_buffers, spell_out_scales
 from .simplifying import simplify
@@ -142,7 +143,7 @@ def _compiled(product: fx.GraphModule, arguments: Sequence[Tensor]) -> Run:
     spell_out_scales(copy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch
-        run: Run = torch._inductor.compile(copy, list(arguments))
+        run: Run = _torch.inductor_compile()(copy, list(arguments))
     return run
 
 
@@ -158,8 +159,7 @@ def _seconds(run: Run, arguments: Sequence[Tensor]) -> float:
     while best == math.inf or time.perf_counter() - begin < 0.05:
         start = time.perf_counter()
         device = run(*arguments)[0].device
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        _torch.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
 

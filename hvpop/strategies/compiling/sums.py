@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
 Scalar = int | float
@@ -53,7 +52,7 @@ Value = fx.Node | Sum
 class Writer:
     """Writes a graph in which each expression occurs once, with algebra on sums."""
 
-    def __init__(self, graph: fx.Graph, mode: FakeTensorMode) -> None:
+    def __init__(self, graph: fx.Graph, mode: Any) -> None:
         self.graph = graph
         self.varying: set[fx.Node] = set()  # the nodes that depend on v
         self._mode = mode  # in which shapes are worked out

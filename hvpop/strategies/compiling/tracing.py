@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ... import _torch
 from .buffers import undo_writes, writing
 
 
@@ -41,6 +41,12 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.G
 
 
 def _graph(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    graph_module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    try:
+        make_fx = _torch.make_fx()
+    except ImportError as error:
+        raise UntraceableError(str(error)) from None
+    graph_module: fx.GraphModule = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(
+        *inputs
+    )
     graph_module.graph.eliminate_dead_code()
     return graph_module
