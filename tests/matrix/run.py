@@ -2,7 +2,8 @@
 
 Each in an environment of its own under output/matrix, made if it is missing. ``MATRIX=2.6.0,2.15.0``
 chooses; ``2.13.0/python3.13`` and ``2.13.0/numpy1.26.4/scipy1.13.1`` say more than a release of torch.
-What became of each goes to output/matrix/NAME.json, and all of them into docs/versions.md.
+What became of each goes to output/matrix/NAME.json, and all of them, once they are there, into
+docs/versions.md.
 A wheel of torch with CUDA's libraries is several GB: ``KEEP=0`` removes an environment after its run.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .table import write
+from .table import suite, write
 
 ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "output" / "matrix"
@@ -118,7 +119,12 @@ def main() -> None:
         (OUTPUT / f"{environment.name}.json").write_text(json.dumps(found, indent=1))
         if os.environ.get("KEEP") == "0":
             shutil.rmtree(environment.home)
-    write(sorted(OUTPUT.glob("*.json")))
+    results = {Environment(text).name: OUTPUT / f"{Environment(text).name}.json" for text in ALL}
+    known = sorted(OUTPUT.glob("*.json"))
+    if all(path.exists() for path in results.values()):
+        write(known)
+    else:  # the page is of all of them
+        print(suite([json.loads(path.read_text()) for path in known]))
 
 
 if __name__ == "__main__":
