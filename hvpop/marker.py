@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -48,19 +47,12 @@ def is_cut() -> bool:
 
 
 class Cut(Exchange):
-    """While it is active, a loss is handed leaves in place of what is marked; both are remembered.
+    """While it is active, a loss is handed leaves in place of what is marked; both are remembered."""
 
-    Parameters
-    ----------
-    given
-        What the loss is handed instead, in the order of the marks.
-    """
-
-    def __init__(self, given: Sequence[Tensor] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.outputs: list[Tensor] = []  # as the model has made them
         self.leaves: list[Tensor] = []  # as the loss has seen them
-        self._given = given
 
     def _change(self) -> None:
         self._noted(setattr, _HERE, "cut", _HERE.cut)
@@ -74,8 +66,7 @@ class Cut(Exchange):
             return thing
         if any(thing is leaf for leaf in self.leaves):
             return thing  # marked before
-        place = thing if self._given is None else self._given[len(self.outputs)]
-        leaf = place.detach().requires_grad_()
+        leaf = thing.detach().requires_grad_()
         self.outputs.append(thing)
         self.leaves.append(leaf)
         return leaf

@@ -68,10 +68,6 @@ class HVPStrategy(ABC):
             Return products that autograd can differentiate again with respect to ``params``.
         """
 
-    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
-        """The map for a single product, by whatever is quickest where hvpop has the choice."""
-        return self.linearize(fn, params, *args)
-
     def of(self, strategy: HVPStrategy) -> HVPStrategy:
         """What makes the same matrix, with derivatives taken by another strategy."""
         return strategy

@@ -52,9 +52,6 @@ class FirstThatWorks(HVPStrategy):
     def of_gradients(self) -> bool:  # type: ignore[override]
         return self.current.of_gradients
 
-    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
-        return self.current.once(fn, params, *args)
-
     def step_down(self, failed: HVPStrategy, error: NoSecondDerivativeError) -> None:
         """Leave a strategy that failed, unless it was the last."""
         if failed is not self.current:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from .authored import NOTHING, authored, ungraded
-from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
+from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
 from .forward import ForwardOverReverse
 from .graphs import NoSecondDerivativeError, check_graph, explained
 from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
 from .referee import generic
 from .reverse import Blockwise
-from .rounding import FLOAT32_TOLERANCE, agree, nudged, reordered, rounding
 
 Middle = Callable[[Parted], Callable[[Tensors, int | None], Tensors]]
 """``middle(parted)(s, k)`` is ``B s``, of one s or of k at once."""
@@ -26,7 +25,7 @@ class ThroughOutputs(HVPStrategy):
     """``J' B J`` of a function that marks its outputs, with J by a strategy's kind of derivative.
 
     J v is the transpose of the pull-back, transposed once more, on kept graphs; by dual numbers with
-    `ForwardOverReverse`, and for a single product; by differences with `FiniteDifference`.
+    `ForwardOverReverse`, by differences with `FiniteDifference`.
 
     Parameters
     ----------
@@ -42,7 +41,6 @@ class ThroughOutputs(HVPStrategy):
         self._tested = True
         self._known: ScalarFunction | None = None
         self._proven: frozenset[object] = NOTHING
-        self._forward: tuple[ScalarFunction, bool] | None = None  # whether it may go forward
 
     def __repr__(self) -> str:
         return repr(self.strategy)
@@ -76,37 +74,6 @@ class ThroughOutputs(HVPStrategy):
                 linear = _Kept(self, parted)
         self._examine(linear, params)
         return linear
-
-    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
-        """The map for a single product: by forward mode, if that has given the same once."""
-        if self._forward is None or self._forward[0] != fn:
-            self._forward = fn, self._forward_agrees(fn, params, args)
-        return (
-            _Forward(self, fn, params, args)
-            if self._forward[1]
-            else self.linearize(fn, params, *args)
-        )
-
-    def _forward_agrees(self, fn: ScalarFunction, params: Params, args: tuple[object, ...]) -> bool:
-        if not self.strategy.exact:
-            return False
-        w = generic(params)
-        truth = self.linearize(fn, params, *args)(w)
-        try:
-            found = _Forward(self, fn, params, args)(w)
-        except Exception as error:  # an op without a forward-mode rule
-            if out_of_memory(error):
-                raise
-            return False
-        if not all(bool(t.isfinite().all()) for t in truth.values()):
-            return False  # somebody else's to tell
-        tolerance = max(FLOAT32_TOLERANCE, reordered(rounding(truth.values())))
-        return agree(
-            found.values(),
-            truth.values(),
-            tolerance,
-            lambda: self.linearize(fn, nudged(params), *args)(w).values(),
-        )
 
     def _examine(self, linear: _Kept, params: Params) -> None:
         """What others wrote of the graph of the outputs, refused where its derivative would be wrong."""
