@@ -82,6 +82,7 @@ class Space:
 
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
         """``X' Y``, ``(j, k)``, float64."""
+        self._require_own(X, Y)
         if X.dtype is torch.float64:
             return X.T @ Y
         if X.shape[1] == 1:
@@ -116,6 +117,7 @@ class Space:
         ``first`` is called with each slice of the n entries before its sums are taken: a place to
         update vectors in, piece by piece, that are then read while they are still in the cache.
         """
+        self._require_own(*(V for pair in pairs for V in pair))
         if self.dtype is torch.float32 and self._is_long(pairs[0][0].shape[1]):
             totals = self._short_dots(pairs, first)
             if all(map(_in_range, totals)):
@@ -230,6 +232,13 @@ class Space:
         for i, part in enumerate(self._parts(X.shape[1], least)):
             Y[part] = X[part].double() @ factors[i if len(factors) > 1 else 0]
         return Y
+
+    def _require_own(self, *vectors: Tensor) -> None:
+        for V in vectors:
+            if V.shape[0] != self.n:
+                raise ValueError(
+                    f"a space of {self.n} entries expects ({self.n}, k), got {tuple(V.shape)}"
+                )
 
     def _is_long(self, vectors: int) -> bool:
         """Whether so many vectors take more than one chunk, where float64 costs time."""

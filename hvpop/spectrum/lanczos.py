@@ -137,7 +137,7 @@ class Lanczos(Task[Krylov]):
         X, j, b = state.X, state.size, state.X.shape[1]
         size = j + b
         F = self.source @ X
-        state.Q[j:size] = X.T
+        state.Q.T[:, j:size] = X  # the other way round torch takes a vector for a transpose
         outside, C, F = self._against(F, state)
         T = torch.zeros(size, size, dtype=torch.float64)
         T[:j, :j] = state.T
@@ -584,7 +584,13 @@ class Turn:
 
 def _subtract(V: Tensor, Q: Tensor, C: Tensor) -> Tensor:
     """``V - Q C``, in the memory of ``V``."""
-    return V.addmm_(Q, C.to(V), alpha=-1)
+    C = C.to(V)
+    if Q.shape[1] == 1:
+        return V.addcmul_(Q, C, value=-1)
+    if V.shape[1] == 1:
+        V[:, 0].addmv_(Q, C[:, 0], alpha=-1)
+        return V
+    return V.addmm_(Q, C, alpha=-1)
 
 
 def _basis(n: int, k: int, block: int) -> int:
