@@ -15,7 +15,7 @@ from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
 from . import probes
-from .checkpoint import digest
+from .checkpoint import Rows, digest
 from .loop import Task
 from .results import Eigenpairs, Status
 
@@ -529,13 +529,17 @@ class Lanczos(Task[Krylov]):
         search = None if state.search is None else dict(vars(state.search))
         history = [list(pair) for pair in state.history]
         packed = {**super().pack(state), "search": search, "history": history}
-        return {**packed, "Q": state.Q[: state.size], "unit": self.source.unit}
+        del packed["Q"]
+        return {**packed, "unit": self.source.unit}
+
+    def rows(self, state: Krylov) -> Rows:
+        return Rows("Q", state.Q[: state.size], state.restarts)
 
     def unpack(self, saved: Mapping[str, Any]) -> Krylov:
         fields = dict(saved)
         self.source.unit = fields.pop("unit")
         Q = self.space.empty(self.basis).T
-        Q[: fields["size"]] = fields["Q"]
+        fields["Q"].read(Q[: fields["size"]])
         fields["Q"] = Q
         fields["history"] = tuple((count, worst) for count, worst in fields["history"])
         if fields["search"] is not None:
