@@ -87,6 +87,10 @@ class Recurrence(ABC, Generic[S]):
     def start(self, B: Tensor, X: Tensor | None) -> S:
         """The recurrence from the iterates ``X`` (zero if None), its `error` from the true residual."""
 
+    def error_at(self, B: Tensor, X: Tensor) -> Tensor:
+        """The `error` of the iterates ``X`` by their true residual, ``(k,)``."""
+        return self.start(B, X).error
+
     @abstractmethod
     def step(self, state: S) -> None:
         """One step for every column, in place; columns that cannot go on say so in `halt`."""
@@ -325,7 +329,7 @@ class _Run(Generic[S]):
         at = self.columns[mask]
         X = some(self.state.X, mask)
         self._write(at, X)
-        self.error[at] = self.recurrence.start(some(self.B, at), X).error
+        self.error[at] = self.recurrence.error_at(some(self.B, at), X)
         for column in at.tolist():
             self.status[column] = "negative curvature"
 
@@ -358,7 +362,7 @@ class _Run(Generic[S]):
             return
         at, X = self.columns, self.state.X
         if self.steps:
-            error = self.recurrence.start(some(self.B, at), X).error
+            error = self.recurrence.error_at(some(self.B, at), X)
             # the last iterate, unless rounding has since spoilt one that was checked
             last = self.reference[at].isinf() | (error <= self.error[at])
             self._write(at[last], some(X, last), last=True)
