@@ -100,7 +100,7 @@ class _Run:
         self.B = B / self.size
         # zero is the answer to zero, wherever it started
         self.X = (
-            torch.zeros_like(B) if X0 is None else torch.where((B == 0).all(0), 0.0, X0 / self.size)
+            torch.zeros_like(B) if X0 is None else torch.where(checks.zero(B), 0.0, X0 / self.size)
         )
         self.target = torch.maximum(rtol * checks.norms(self.B), atol / self.size)  # (k,)
         self.steps = self.products = 0

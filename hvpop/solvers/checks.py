@@ -47,6 +47,11 @@ def finite(b: Tensor) -> bool:
     return Space.of(b).finite(b)
 
 
+def zero(B: Tensor) -> Tensor:
+    """Which columns are zero, ``(k,)``."""
+    return Space.of(B).largest(B) == 0
+
+
 def start(who: str, A: LinearOperator, b: Tensor, x0: Any) -> Tensor | None:
     """A private copy of ``x0`` as columns, or None."""
     if x0 is None:

@@ -206,7 +206,7 @@ class _Run(Generic[S]):
         self.size = checks.sizes(B)  # (k,)
         self.B = B if bool((self.size == 1).all()) else B / self.size
         # zero is the answer to zero: no start away from it has a residual to be compared with
-        self.X0 = None if X0 is None else torch.where((B == 0).all(0), 0.0, X0 / self.size)
+        self.X0 = None if X0 is None else torch.where(checks.zero(B), 0.0, X0 / self.size)
         self.shape = (self.recurrence.A.shape[1], k)
         self._x: Tensor | None = None
         self.begun = False
