@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -15,27 +14,13 @@ from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
 from . import probes
+from .basis import Complement, Turn, combined
 from .checkpoint import Rows, digest
+from .copies import Search
 from .loop import Task
 from .results import Eigenpairs, Status
 
 Which = Literal["LA", "SA", "LM", "SM", "BE"]
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a second Krylov space, begun at random outside of what is found, tells of missing eigenvalues.
-
-    Let ``u`` be a unit eigenvector that is missing, for the eigenvalue ``x``: orthogonal to all that is found,
-    and to the Krylov space that it was found in. Then ``Q'u = amplitudes @ a`` and ``X'u = ahead @ a``, where
-    ``a`` is its part in the random start, because ``u'A = x u'`` continues them from step to step.
-    As ``|Q'u| <= 1``, ``a`` must be small, which for a random start is improbable.
-    """
-
-    suspects: Tensor  # (c,), the places x where an eigenvalue may still be missing
-    amplitudes: Tensor  # (c, size, b)
-    ahead: Tensor  # (c, width of X, b)
-    begun: int  # the products before
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class Krylov:
 
 class Lanczos(Task[Krylov]):
     name = "eigsh"
-    turning: Turn | None
+    turning: tuple[Turn, Krylov] | None  # the restart made last, and the state after it
 
     def __init__(
         self,
@@ -94,6 +79,7 @@ class Lanczos(Task[Krylov]):
         self.space, self.turning = A.space, None
         self.v0 = self._columns("v0", v0)
         self.U = self.space.qr(self._columns("deflate", deflate))[0]
+        self.complement = Complement(self.space, self.U)
         self.room = n - self.U.shape[1]  # the dimension of the space that is searched
         if which not in get_args(Which):
             raise ValueError(f"eigsh expects which in {get_args(Which)}, got {which!r}")
@@ -115,7 +101,7 @@ class Lanczos(Task[Krylov]):
     # -- the steps --------------------------------------------------------------------------------
 
     def start(self) -> Krylov:
-        X = self._orthonormal(self._first())
+        X = self.complement.orthonormal(self._first())
         none, square = torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
         return Krylov(
             Q=self.space.empty(self.basis).T, restarts=0, size=0, X=X, T=square,
@@ -138,7 +124,7 @@ class Lanczos(Task[Krylov]):
         size = j + b
         F = self.source @ X
         state.Q.T[:, j:size] = X  # the other way round torch takes a vector for a transpose
-        outside, C, F = self._against(F, state)
+        outside, C, F = self.complement.against(F, state.Q[:size].T, X, state.border)
         T = torch.zeros(size, size, dtype=torch.float64)
         T[:j, :j] = state.T
         T[:, j:] = C
@@ -159,7 +145,7 @@ class Lanczos(Task[Krylov]):
             outside=torch.cat([state.outside, outside], 1),
         )  # fmt: skip
         if state.search is not None:
-            search = self._followed(state.search, coupling, C)
+            search = state.search.followed(coupling, C, self.room)
             return self._searched(replace(grown, search=search))
         return self._ranked(grown, theta, S, left - b)
 
@@ -210,8 +196,8 @@ class Lanczos(Task[Krylov]):
         R = self.space.empty(k)
         for i in range(0, k, self.block):
             S = state.S[:, i : min(i + self.block, k)]
-            Y = self._combined(state.Q[:rows], S)
-            AY = self._searchable(self.source @ Y)[1]
+            Y = combined(state.Q[:rows], S)
+            AY = self.complement.searchable(self.source @ Y)[1]
             R[:, i : i + self.block] = AY.addcmul_(
                 Y, state.theta[i : i + S.shape[1]].to(Y), value=-1
             )
@@ -233,8 +219,8 @@ class Lanczos(Task[Krylov]):
         V, sizes, _ = torch.linalg.svd(triangle.cpu())
         large = max(1, int((sizes > 0.1 * self.rtol * state.norm).sum()))
         wide = max(self.block, (self.basis - k) // 2)
-        X = self._combined(Q.T, V[:, : min(large, wide, self.room - k)])
-        X = self._orthonormal(X, state.Q[: state.S.shape[0]].T, state.S[:, :k], 2)
+        X = combined(Q.T, V[:, : min(large, wide, self.room - k)])
+        X = self.complement.orthonormal(X, state.Q[: state.S.shape[0]].T, state.S[:, :k], 2)
         return self._restarted(
             state, k, X, search=None, pure=False, done=False, renewed=renewed, failed=torch.inf,
             residuals=torch.empty(0), estimates=state.residuals,
@@ -247,7 +233,7 @@ class Lanczos(Task[Krylov]):
         most = max(self.keep, self.basis - 3 * self.block) if state.pure else self.k
         keep = min(most, state.size)
         fresh = self._random(min(self.block, self.room - keep), "search", state.products)
-        X = self._orthonormal(fresh, state.Q[: state.size].T, state.S[:, :keep])
+        X = self.complement.orthonormal(fresh, state.Q[: state.size].T, state.S[:, :keep])
         searching = self._begun(state, keep, X.shape[1])
         return self._restarted(
             state, keep, X, search=searching, done=X.shape[1] == 0, rtol=self.rtol
@@ -274,21 +260,6 @@ class Lanczos(Task[Krylov]):
             return torch.cat([places, -places])
         return places
 
-    def _followed(self, search: Search, coupling: Tensor, C: Tensor) -> Search:
-        """One step on: ``F'u = x X'u - C'Q'u`` for the part ``F`` of ``A X`` outside of ``Q``."""
-        amplitudes = torch.cat([search.amplitudes, search.ahead], 1)
-        F = search.suspects[:, None, None] * search.ahead - C.T @ amplitudes
-        ahead = coupling / (coupling * coupling).sum(1, keepdim=True) @ F
-        # P(|M a| <= 1) is at most the density of a at 0 times the volume of that ellipsoid.
-        b = ahead.shape[2]
-        volumes = torch.linalg.svdvals(torch.cat([amplitudes, ahead], 1)).log().sum(1)
-        ball = b / 2 * math.log(math.pi) - math.lgamma(b / 2 + 1)
-        possible = ball + b / 2 * math.log(self.room / (2 * math.pi)) - volumes > math.log(_MISSED)
-        return replace(
-            search, suspects=search.suspects[possible], amplitudes=amplitudes[possible],
-            ahead=ahead[possible],
-        )  # fmt: skip
-
     def _searched(self, state: Krylov) -> Krylov:
         """After one step of the search: over, or back to finding what was missing."""
         assert state.search is not None
@@ -303,8 +274,8 @@ class Lanczos(Task[Krylov]):
 
     def _resumed(self, state: Krylov, Y: Tensor) -> Krylov:
         """Back from a search: a Krylov space of what it has found, outside of the pairs known."""
-        V = self._combined(state.Q[self.k : state.size], Y)
-        X = self._orthonormal(V, state.Q[: self.k].T)
+        V = combined(state.Q[self.k : state.size], Y)
+        X = self.complement.orthonormal(V, state.Q[: self.k].T)
         return self._restarted(
             state, self.k, X, search=None, pure=False, residuals=torch.empty(0), renewed=torch.inf,
             failed=torch.inf,
@@ -348,7 +319,7 @@ class Lanczos(Task[Krylov]):
         k = min(self.k, state.theta.shape[0])
         ascending = state.theta[:k].argsort()
         rows = state.S.shape[0]
-        Y = self._combined(state.Q[:rows], state.S[:, ascending])
+        Y = combined(state.Q[:rows], state.S[:, ascending])
         inside = state.residuals if state.residuals.shape[0] == k else self._by_recurrence(state)[0]
         residuals = torch.hypot(
             inside, (state.outside[:, :rows] @ state.S[:, :k]).square().sum(0).sqrt()
@@ -400,7 +371,7 @@ class Lanczos(Task[Krylov]):
         random ones, which nothing couples.
         """
         space = self.room - Q.shape[1]
-        X, s, Vh = self._principal(F)
+        X, s, Vh = self.complement.principal(F)
         alive = s > 10 * self.eps * norm
         # F is orthogonal to Q, but for rounding in units of F, not of its smallest part
         rounds = 0 if bool((s[alive] > 0.1 * s.max()).all()) else 1
@@ -413,17 +384,7 @@ class Lanczos(Task[Krylov]):
             s = torch.where(alive, s, 0.0)
         X = X[:, :space]
         coupling = (s[:, None] * Vh)[:space]
-        return self._orthonormal(X, Q, rounds=rounds), coupling
-
-    def _principal(self, F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``F = X diag(s) Vh``, in the memory of ``F`` where it is one vector."""
-        if F.shape[1] == 1:
-            s = self.space.norms(F)
-            X = F.mul_(torch.where(s > 0, 1 / s, 0.0).to(F))
-            return X, s.cpu(), torch.ones(1, 1, dtype=torch.float64)
-        X, R = self.space.qr(F)
-        V, s, Vh = torch.linalg.svd(R.cpu())
-        return self._combined(X.T, V), s, Vh
+        return self.complement.orthonormal(X, Q, rounds=rounds), coupling
 
     def _restarted(self, state: Krylov, keep: int, X: Tensor, **changes: Any) -> Krylov:
         """From the first ``keep`` Ritz vectors and ``X``, in the memory of ``state``, which is spent."""
@@ -445,61 +406,19 @@ class Lanczos(Task[Krylov]):
             "theta": state.theta[:keep], "S": torch.eye(keep, dtype=torch.float64),
             "estimates": state.estimates[:keep], **changes,
         }  # fmt: skip
-        self.turning = Turn(state.Q, S, replace(state, **fields))
-        return self.turning.done()
+        self.turning = Turn(state.Q, S), replace(state, **fields)
+        return self._turned()
 
     def recovered(self, state: Krylov) -> Krylov:
-        if self.turning is None or self.turning.after.restarts <= state.restarts:
+        if self.turning is None or self.turning[1].restarts <= state.restarts:
             return state
-        return self.turning.done()  # the memory of the state before is gone
+        return self._turned()  # the memory of the state before is gone
 
-    def _against(self, F: Tensor, state: Krylov) -> tuple[Tensor, Tensor, Tensor]:
-        """``F = A X`` without its part in the deflated space and in ``[Q, X]``; those parts first.
-
-        What the recurrence says goes first; the rest is rounding, and one pass over the basis takes it
-        ("twice is enough"), unless there was more than the recurrence knew.
-        """
-        j = state.size
-        Q = state.Q[: j + F.shape[1]].T
-        outside, F = self._searchable(F)
-        C = torch.zeros(Q.shape[1], F.shape[1], dtype=torch.float64)
-        C[:j] = state.border.T
-        coupled = state.border.ne(0).any(0).nonzero()
-        if coupled.numel():
-            first = int(coupled[0])
-            _subtract(F, Q[:, first:j], C[first:j])
-        C[j:] = self.space.inner(state.X, F).cpu()
-        _subtract(F, state.X, C[j:])
-        for _ in range(3):
-            D = self.space.inner(Q, F).cpu()
-            _subtract(F, Q, D)
-            C += D
-            if bool((D.square().sum(0) <= 1e-2 * self.space.dots(F, F).cpu()).all()):
-                break
-        return outside, C, self._searchable(F)[1]
-
-    def _searchable(self, V: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of ``V`` in the deflated space, and ``V`` without it, in its memory."""
-        if self.U.shape[1] == 0:
-            return torch.zeros(0, V.shape[1], dtype=torch.float64), V
-        C = self.space.inner(self.U, V)
-        return C.cpu(), _subtract(V, self.U, C)
-
-    def _orthonormal(
-        self, V: Tensor, Q: Tensor | None = None, S: Tensor | None = None, rounds: int = 3
-    ) -> Tensor:
-        """An orthonormal basis of ``V``, orthogonal to the deflated space and to ``Q S``; takes its memory."""
-        for _ in range(rounds if V.shape[1] else 0):
-            V = self._searchable(V)[1]
-            if Q is not None:
-                C = self.space.inner(Q, V).cpu()
-                _subtract(V, Q, C if S is None else S @ (S.T @ C))
-            V = self.space.qr(V)[0]
-        return V
-
-    def _combined(self, Q: Tensor, S: Tensor) -> Tensor:
-        """``Q' S`` for rows ``Q``, in memory of its own."""
-        return (S.T.to(Q) @ Q).T
+    def _turned(self) -> Krylov:
+        assert self.turning is not None
+        turn, after = self.turning
+        turn.finish()
+        return after
 
     def _random(self, count: int, *place: object) -> Tensor:
         return probes.gaussian(self.space, count, "eigsh", self.seed, *place)
@@ -556,47 +475,6 @@ class Lanczos(Task[Krylov]):
         return self._search(replace(state, done=False))
 
 
-@dataclass
-class Turn:
-    """A restart of ``Q`` in its own memory, written down before it begins: one cut short is finished later."""
-
-    Q: Tensor
-    S: Tensor
-    after: Krylov
-    at: tuple[int, Tensor | None] = (
-        0,
-        None,
-    )  # a place, and what belongs there if it may not be there
-
-    def done(self) -> Krylov:
-        """The state after it."""
-        rows, keep = self.S.shape
-        S, n = self.S.T.to(self.Q), self.Q.shape[1]
-        if not torch.equal(self.S, torch.eye(rows, keep, dtype=self.S.dtype)):
-            chunk = max(1024, _CHUNK // rows)
-            while self.at[0] < n:
-                place, piece = self.at
-                stop = min(place + chunk, n)
-                if piece is None:
-                    piece = S @ self.Q[:rows, place:stop]
-                    self.at = (place, piece)
-                self.Q[:keep, place:stop] = piece
-                self.at = (stop, None)  # an interrupt before this writes the piece once more
-        self.at = (n, None)
-        return self.after
-
-
-def _subtract(V: Tensor, Q: Tensor, C: Tensor) -> Tensor:
-    """``V - Q C``, in the memory of ``V``."""
-    C = C.to(V)
-    if Q.shape[1] == 1:
-        return V.addcmul_(Q, C, value=-1)
-    if V.shape[1] == 1:
-        V[:, 0].addmv_(Q, C[:, 0], alpha=-1)
-        return V
-    return V.addmm_(Q, C, alpha=-1)
-
-
 def _basis(n: int, k: int, block: int) -> int:
     """How many vectors to keep: fewer where each is large, as many as a restart needs at least."""
     if n <= 1 << 20:
@@ -604,11 +482,9 @@ def _basis(n: int, k: int, block: int) -> int:
     return max(k + max(8, k) + 2 * block, min(max(18, 2 * k) + 2 * block, _KEPT // n))
 
 
-_CHUNK = 1 << 18  # numbers to turn at a time
 _KEPT = 1 << 28  # numbers in the basis, as long as that does
 
 
-_MISSED = 5e-3  # the probability that a search overlooks what is missing
 _RANDOM_PART = 1e-2  # of a warm start
 
 

@@ -134,7 +134,7 @@ class Watched(TorchDispatchMode):
             "slice",
             "detach",
             "cat",
-        "is_pinned",
+            "is_pinned",
             "_to_copy",
             "new_ones",
             "new_zeros",
