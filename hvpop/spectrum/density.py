@@ -25,7 +25,7 @@ def spectral_density(
     width: float | None = None,
     rtol: float | None = None,
     max_products: int = 512,
-    block: int = 8,
+    block: int | None = None,
     seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -45,8 +45,8 @@ def spectral_density(
         Sample until the area of the upper half of the band is at most this; the area under the
         density is one.
     max_products, block, seed, progress, checkpoint
-        As for `trace`; a probe costs ``steps`` products, and ``block`` probes go side by side. A
-        budget of ``n`` without ``rtol``, or with one that would take as many, gives all eigenvalues, for
+        As for `trace`; a probe costs ``steps`` products, and ``block`` probes go side by side, by default
+        8, fewer where so many vectors are more than ``2^22`` numbers. A budget of ``n`` without ``rtol``, or with one that would take as many, gives all eigenvalues, for
         ``n`` products and the memory of as many vectors.
 
     Returns
@@ -63,6 +63,8 @@ def spectral_density(
     the same quadrature gives, far sharper than the spread of a few probes would; and the band is
     that of the scaled chi-square with this variance, because one eigenvalue alone is seen as a
     square of a normal number.
+
+    Memory: four vectors of ``n`` numbers for each probe of a block, that of a product included.
 
     Examples
     --------
@@ -101,7 +103,7 @@ class _State:
 
 
 class _Density(SpectralSampling[_State]):
-    name, unit, state_type = "spectral_density", 1, _State
+    name, unit, state_type, usual = "spectral_density", 1, _State, 8
     width: float | None
 
     def start(self) -> _State:

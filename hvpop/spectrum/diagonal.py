@@ -23,10 +23,10 @@ DiagonalMethod = Literal["hutchinson", "xdiag"]
 def diagonal(
     A: LinearOperator,
     *,
-    method: DiagonalMethod = "xdiag",
+    method: DiagonalMethod | None = None,
     rtol: float | None = 0.1,
     max_products: int = 400,
-    block: int = 16,
+    block: int | None = None,
     seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -37,9 +37,10 @@ def diagonal(
     ----------
     A : LinearOperator
         Square; symmetric for "xdiag".
-    method : {"xdiag", "hutchinson"}
+    method : {"xdiag", "hutchinson"}, optional
+        Default: "xdiag" up to ``2^20`` entries, and beyond "hutchinson", which keeps no vectors.
         "hutchinson" averages ``z * (A z)`` over random signs (Bekas, Kokiopoulou and Saad 2007) and
-        keeps three vectors. "xdiag" takes the diagonal of a low-rank sketch exactly and samples the
+        takes a block, its product, and six vectors. "xdiag" takes the diagonal of a low-rank sketch exactly and samples the
         rest, leaving every probe out in turn (Epperly, Tropp and Webber 2024); it is far better
         where the eigenvalues decay, and keeps ``3/2`` vectors a product.
     rtol : float, optional
@@ -62,6 +63,9 @@ def diagonal(
     >>> diagonal(A).value.round(decimals=9)
     tensor([1., 2., 3.], dtype=torch.float64)
     """
+    if method is None:
+        large = isinstance(A, LinearOperator) and A.shape[1] > 1 << 20
+        method = "hutchinson" if large else "xdiag"
     if method not in get_args(DiagonalMethod):
         raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
     if method == "xdiag":

@@ -24,7 +24,7 @@ def logdet(
     *,
     rtol: float | None = 0.02,
     max_products: int = 4000,
-    block: int = 16,
+    block: int | None = None,
     steps: int = 200,
     seed: Seed = 0,
     progress: bool = False,
@@ -63,6 +63,11 @@ def logdet(
     ------
     ValueError
         If ``A`` is seen not to be positive definite.
+
+    Notes
+    -----
+    Memory: four vectors of ``n`` numbers for each probe of a block, that of a product included; a vector a
+    product on top where the answer becomes exact.
 
     Examples
     --------

@@ -104,6 +104,8 @@ def run(
         state = task.start()
     status: Status
     bar = _bar(task.name, max_products, state.products) if progress else None
+    if bar is not None and state.products:
+        bar.set_postfix_str(task.report(state))  # where an earlier run has ended
     try:
         with torch.no_grad():
             while (verdict := task.verdict(state)) is None:

@@ -23,7 +23,7 @@ def frobenius_norm(
     *,
     rtol: float | None = 0.02,
     max_products: int = 400,
-    block: int = 16,
+    block: int | None = None,
     seed: Seed = 0,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -43,6 +43,10 @@ def frobenius_norm(
     -------
     Estimate
         The interval is Student's t for the logarithm of what is outside of the sketch.
+
+    Notes
+    -----
+    Memory: the sketch keeps ``4/3`` vectors of ``n`` numbers a product.
 
     Examples
     --------

@@ -22,6 +22,10 @@ from .results import Estimate, Status
 
 History = tuple[tuple[int, float, float], ...]
 
+# Numbers in a block by default. It looks at n alone: what looked at the memory that is free as well would make
+# another computation of the same call, with other numbers, whose checkpoint nobody else could continue.
+AT_ONCE = 1 << 22
+
 
 @dataclass(frozen=True)
 class Band:
@@ -88,8 +92,13 @@ class Sampling(Task[S]):
     least = 16  # probes before an error is believed
     state_type: type[S]
     budget = 0  # products, set before the run
+    usual = 16  # probes a round, where they are short
 
-    def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: Seed) -> None:
+    def __init__(
+        self, A: LinearOperator, rtol: float | None, block: int | None, seed: Seed
+    ) -> None:
+        if block is None:
+            block = max(1, min(self.usual, AT_ONCE // max(1, *A.shape)))
         arguments.positive(self.name, rtol=rtol)
         arguments.counts(self.name, block=block)
         self.A, self.rtol, self.block = A, rtol, block
@@ -219,7 +228,9 @@ class Completing(Sampling[C]):
     no error would be believed before, else while the probes are still well independent.
     """
 
-    def __init__(self, A: LinearOperator, rtol: float | None, block: int, seed: Seed) -> None:
+    def __init__(
+        self, A: LinearOperator, rtol: float | None, block: int | None, seed: Seed
+    ) -> None:
         super().__init__(A, rtol, block, seed)
         self.wide = A.shape[0] < A.shape[1]  # whose transpose is known sooner
 

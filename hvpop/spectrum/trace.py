@@ -96,8 +96,6 @@ def trace(
     n = max(A.shape)
     if method is None:
         method = "xtrace" if n <= 1 << 20 else "hutchinson"
-    if block is None:
-        block = max(1, min(16, (1 << 22) // max(1, n)))
     if method not in get_args(TraceMethod):
         raise ValueError(f"trace expects method in {get_args(TraceMethod)}, got {method!r}")
     if method == "hutchinson":
@@ -110,7 +108,7 @@ def trace(
     if data_error:
         spread.required("trace", task.A)
     found = task.estimate(max_products, progress, checkpoint)
-    return spread.of_trace(task.A, found, block, task.seed) if data_error else found
+    return spread.of_trace(task.A, found, task.block, task.seed) if data_error else found
 
 
 @dataclass(frozen=True)
