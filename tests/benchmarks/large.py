@@ -1,35 +1,36 @@
 """What stands around the products at millions of entries, beside SciPy's solvers and plain loops.
 
-``python tests/benchmarks/large.py [entries]`` prints the ratios: both in one process, interleaved, on one
-thread, the price of the products themselves taken off.
+A part of `run.py`: both in one process, in turns, the price of the products themselves taken off.
 """
 
 from __future__ import annotations
 
 import contextlib
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
+from contests import Plan, Row
+from timing import Clock, Samples
 from torch import Tensor
 
 from hvpop import Damped, Diagonal, FromFunction, LinearOperator
 from hvpop.solvers import cg
 from hvpop.spectrum import eigsh, spectral_density, trace
 
+NAME = "large"
+SIZES = (2_000_000, 11_000_000)
 ROUNDS = 5
 
 
 class Counted:
     """A cheap operator for both sides, with the seconds that its products take."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, clock: Clock) -> None:
         self.d = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 0.1
         self.d[n // 2], self.d[n // 3] = 1.1001, 1.1002
+        self.clock = clock
         self.products, self.seconds = 0, 0.0
         self.ours = FromFunction(self._times, (n, n), dtype=torch.float32, symmetric=True)
         self.scipy = scipy.sparse.linalg.LinearOperator(
@@ -38,23 +39,25 @@ class Counted:
         )  # fmt: skip
 
     def _times(self, V: Tensor) -> Tensor:
-        start = time.process_time()
+        start = self.clock()
         Y = self.d[:, None] * V
-        self.seconds += time.process_time() - start
+        self.seconds += self.clock() - start
         self.products += V.shape[1]
         return Y
 
     def beside(self, call: Callable[[], object]) -> float:
-        """Milliseconds a product that a call spends outside of the products."""
+        """Seconds a product that a call spends outside of the products."""
         self.products, self.seconds = 0, 0.0
-        start = time.process_time()
+        start = self.clock()
         call()
-        return 1e3 * (time.process_time() - start - self.seconds) / self.products
+        return (self.clock() - start - self.seconds) / self.products
 
 
-def contests(n: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Ours and theirs, each a call that gives milliseconds a product."""
-    A = Counted(n)
+def solving(
+    n: int, clock: Clock
+) -> dict[str, tuple[str, Callable[[], float], Callable[[], float]]]:
+    """Who the peer is, ours and theirs, each a call that gives seconds a product."""
+    A = Counted(n, clock)
     b = torch.randn(n, generator=torch.Generator().manual_seed(1))
 
     def arpack() -> None:
@@ -80,50 +83,72 @@ def contests(n: int) -> dict[str, tuple[Callable[[], object], Callable[[], objec
     b_array = b.numpy()
     return {
         "eigsh(k=2)": (
+            "SciPy",
             lambda: A.beside(lambda: eigsh(A.ours, 2, rtol=1e-9, max_products=60)),
             lambda: A.beside(arpack),
         ),
         "cg": (
+            "SciPy",
             lambda: A.beside(lambda: cg(A.ours, b, rtol=1e-30, max_steps=20)),
             lambda: A.beside(
                 lambda: scipy.sparse.linalg.cg(A.scipy, b_array, rtol=1e-30, maxiter=20)
             ),
         ),
         "trace": (
+            "plain loop",
             lambda: A.beside(lambda: trace(A.ours, rtol=None, max_products=32)),
             lambda: A.beside(hutchinson),
         ),
-        "spectral_density": (
+        "density": (
+            "plain loop",
             lambda: A.beside(lambda: spectral_density(A.ours, steps=16, max_products=16, block=1)),
             lambda: A.beside(quadrature),
         ),
     }
 
 
-def block_against_singles(n: int) -> float:
-    """One product of 8 columns, in units of 8 single ones, around a damped diagonal."""
+def block(n: int, clock: Clock) -> tuple[str, Callable[[], float], Callable[[], float]]:
+    """One product of 8 columns and 8 single ones, around a damped diagonal."""
     A: LinearOperator = Damped(Diagonal(torch.rand(n)), 0.1)
     V = A.space.random(lambda v: v.normal_(), 8)
-    ratios = []
-    for _ in range(ROUNDS):
-        start = time.process_time()
-        A @ V
-        middle = time.process_time()
-        for i in range(8):
-            A @ V[:, i]
-        ratios.append((middle - start) / (time.process_time() - middle))
-    return statistics.median(ratios)
+
+    def timed(call: Callable[[], object]) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    return (
+        "single ones",
+        lambda: timed(lambda: A @ V),
+        lambda: timed(lambda: [A @ V[:, i] for i in range(8)]),
+    )
 
 
-def main(n: int) -> None:
-    torch.set_num_threads(1)
-    for name, (ours, theirs) in contests(n).items():
-        rounds = [(ours(), theirs()) for _ in range(ROUNDS)]
-        mine, other = (statistics.median(times) for times in zip(*rounds, strict=True))
-        ratio = statistics.median(a / b for a, b in rounds)
-        print(f"{name:20} {mine:7.1f} ms {other:7.1f} ms  ratio {ratio:.2f}", flush=True)
-    print(f"a block of 8 against 8 singles: {block_against_singles(n):.2f}")
+def measured(plan: Plan) -> Iterator[list[Row]]:
+    """The rows of each question, at each size."""
+    for n in SIZES:
+        asked = {f"{name} beside products": who for name, who in solving(n, plan.clock).items()}
+        for name, (peer, ours, theirs) in {**asked, "a block of 8": block(n, plan.clock)}.items():
+            samples: tuple[list[float], list[float]] = ([], [])
+            for r in range(min(ROUNDS, plan.repeats)):
+                for i in (0, 1) if r % 2 else (1, 0):
+                    samples[i].append((ours, theirs)[i]())
+            yield [
+                Row(NAME, question(name, n), who, who == "hvpop", False, "right", 0.0,
+                    seconds=Samples(tuple(seconds)))
+                for who, seconds in zip(("hvpop", peer), samples, strict=True)
+            ]  # fmt: skip
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2_000_000)
+def question(name: str, n: int) -> str:
+    return f"{name}, {n // 1_000_000} M entries"
+
+
+AIMS = {
+    question(name, n): most
+    for n in SIZES
+    for name, most in {
+        **{f"{name} beside products": 1.0 for name in ("eigsh(k=2)", "cg", "trace", "density")},
+        "a block of 8": 1.1,
+    }.items()
+}

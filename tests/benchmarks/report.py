@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import large
 import torch
 from contests import Row
 from scaling import Curve
@@ -79,6 +80,7 @@ TARGETS = (
     Target("density", "best", {"digits": 0.5}),
     Target("16 solves", "best", {"digits": 0.5}),
     Target("16 systems, one operator", "best", {"digits": 0.35}),
+    *(Target(question, "best", {large.NAME: most}) for question, most in large.AIMS.items()),
 )
 
 

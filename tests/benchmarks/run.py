@@ -16,6 +16,7 @@ from pathlib import Path
 
 import answers
 import contests
+import large
 import report
 import scaling
 import torch
@@ -31,6 +32,8 @@ CONTESTS: dict[str, tuple[Callable[[Workload, Plan], list[Row]], ...]] = {
     "memory": (contests.within_memory,),
 }
 
+PARTS = [*WORKLOADS, large.NAME]
+
 
 def main() -> None:
     args = _arguments()
@@ -45,6 +48,11 @@ def main() -> None:
     kept, curves = report.load(args.output) if args.add else ([], [])
     rows: list[Row] = []
     for name in args.workloads:
+        if name == large.NAME:
+            for found in large.measured(plan):
+                rows += found
+                print(report.table("a diagonal", found), flush=True)
+            continue
         workload = WORKLOADS[name]()
         for contest in CONTESTS[name]:
             found = contest(workload, plan)
@@ -54,7 +62,7 @@ def main() -> None:
     if args.scaling:
         curves = scaling.measured(plan)
     rows += [row for row in kept if row.workload not in args.workloads]
-    rows.sort(key=lambda row: list(WORKLOADS).index(row.workload))
+    rows.sort(key=lambda row: PARTS.index(row.workload))
     report.save(rows, curves, args.output)
     print(f"written: {args.output}/benchmarks.json and pictures beside it")
 
@@ -72,7 +80,7 @@ def _arguments() -> argparse.Namespace:
         type=_names,
         default=list(WORKLOADS),
         metavar="NAME,NAME",
-        help=f"separated by commas, of {', '.join(WORKLOADS)} (default: all)",
+        help=f"separated by commas, of {', '.join(PARTS)} (default: all but {large.NAME})",
     )
     parser.add_argument(
         "--repeats",
@@ -119,7 +127,7 @@ def _arguments() -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
-    unknown = set(names) - set(WORKLOADS)
+    unknown = set(names) - set(PARTS)
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
     return names
