@@ -96,8 +96,10 @@ def eigsh(
     about a tenth of the products. Where `v0` is given, not only copies but eigenvalues of any place are
     ruled out in this way, because the start has not been a random one.
 
-    Cost: the products, and ``4 n basis`` flops for each, in float64 as far as they are sums over n.
-    Memory: ``basis + k + 6 block`` vectors of ``n`` numbers at the peak, that of a product included.
+    Cost: the products, and ``4 n basis`` flops for each.
+    Memory: ``basis + k + 6 block`` vectors of ``n`` numbers at the peak, that of a product included; a
+    checkpoint adds one for each part of the operator, and is written without a copy: a save appends the
+    rows that are new, and writes the file anew after a restart.
 
     Examples
     --------
