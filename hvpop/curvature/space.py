@@ -85,9 +85,10 @@ def to_point(V: Tensor, layout: Layout, point: Params) -> Params:
 def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     """The inverse of `to_point`, in the dtype and device of ``V``."""
     k = V.shape[1]
-    rows = crossing.empty((k, V.shape[0]), V.dtype, V.device)
-    with torch.no_grad():
-        return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1, out=rows).T
+    pieces = [_like(p.reshape(k, -1), V) for p in products]
+    if any(p.requires_grad for p in pieces):  # autograd goes through it
+        return torch.cat(pieces, dim=1).T
+    return torch.cat(pieces, dim=1, out=crossing.empty((k, V.shape[0]), V.dtype, V.device)).T
 
 
 def scale_of(V: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
