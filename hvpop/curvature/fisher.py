@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..exchange import guarded
-from ..marker import Cutting
+from ..marker import Call, Cutting
 from ..operators import crossing
-from ..risk import EmpiricalRisk
-from ..risk import terms as _terms
+from ..risk import EmpiricalRisk, terms
 from ..risk.likelihoods import Counter, likelihood_of
 from ..risk.losses import Loss
 from ..risk.samples import Positioned
@@ -139,8 +138,8 @@ class FisherOperator(Live):
         by_rows = self.strategy.plain.within(
             lambda one: ByRows(cast(ThroughOutputs, one).strategy, draws, keeps=False)
         )
-        with grad_enabled(), risk.place(point, state), closing(risk.terms()) as terms:
-            for term in terms:
+        with grad_enabled(), risk.place(point, state), closing(risk.terms()) as passed:
+            for term in passed:
                 made: Any = by_rows.linearize(term.function, point, state, *term.data)
                 forms = multiply(made.push)[0].reshape(V.shape[1], samples, -1).square()
                 spread = forms.double().var(1) / samples  # (k, terms)
@@ -155,16 +154,14 @@ class FisherOperator(Live):
 class _Piece:
     """The terms of one call of a loss function, and the distribution of their targets."""
 
-    def __init__(self, parted: Parted, index: int) -> None:
-        call = parted.calls[index]
+    def __init__(self, parted: Parted, call: Call, slope: Tensor) -> None:
         self.likelihood = likelihood_of(call)
-        share = _terms.share(call, parted.loss)
-        if share is None:
+        if slope.requires_grad:
             raise ValueError(
                 f"the loss is a function of what {call.loss.__name__} returns that is no multiple of it, "
                 "as a focal loss is, and so no negative log likelihood; take GaussNewtonOperator"
             )
-        self.share = (share * self.likelihood.factor()).detach()
+        self.share = terms.shares(call, slope) * self.likelihood.factor()
         self.output = next(i for i, leaf in enumerate(parted.leaves) if leaf is call.input)
 
     def over(self, per_term: Tensor) -> Tensor:
@@ -179,11 +176,12 @@ class _OfCalls:
     cutting = Cutting(watching=True, at_calls=True)
 
     def prove(self, parted: Parted) -> None:
-        for call in parted.calls:
+        for call, _ in terms.reaching(parted.calls, parted.loss):
             likelihood_of(call).examine()
 
     def _pieces(self, parted: Parted) -> list[_Piece]:
-        pieces = [_Piece(parted, i) for i in range(len(parted.calls))]
+        reaching = terms.reaching(parted.calls, parted.loss)
+        pieces = [_Piece(parted, call, slope) for call, slope in reaching]
         parted.refuse_beside()
         return pieces
 

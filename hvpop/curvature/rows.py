@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..marker import AT_MARKS, Cutting
+from ..marker import AT_MARKS, Call, Cutting
 from ..risk import terms
 from ..risk.function import LossFunction
 from ..risk.samples import READINGS, Reading
@@ -187,8 +187,7 @@ class Terms:
 
     def _faces(self, parted: Parted) -> list[Face]:
         if self.per == "term":
-            (call,) = self._one_call(parted)
-            z = parted.outputs[0]
+            call, z = self._call(parted), parted.outputs[0]
             if terms.by_entry(call):
                 return [Face(z.shape, z.numel(), -1 if not z.ndim else None)]
             dim = min(1, z.ndim - 1)
@@ -207,27 +206,26 @@ class Terms:
         z = parted.outputs[0]
         n = samples_of(parted)[1]
         found: dict[str, Tensor] = {}
-        calls = self._one_call(parted) if self.per == "term" else parted.calls
-        for call in calls:
-            if not parted.loss.requires_grad or terms.settings(call).get("reduction") == "sum":
-                continue
-            own = terms.share(call, parted.loss)
-            if own is None or own.numel() % n:
+        for call, slope in terms.reaching(parted.calls, parted.loss):
+            own = terms.shares(call, slope)
+            adds = terms.settings(call).get("reduction") == "sum"
+            if adds or slope.requires_grad or own.numel() % n:
                 continue
             own = own.reshape(n, -1).sum(1) if self.per == "sample" else own.reshape(-1)
-            found.setdefault("mean of terms", (own / own.sum()).detach())
+            found.setdefault("mean of terms", own / own.sum())
         count = n if self.per == "sample" else sum(f.count for f in self._faces(parted))
         found["mean of samples"] = z.new_full((count,), 1 / n)
         found["sum"] = z.new_ones(count)
         return found
 
-    def _one_call(self, parted: Parted) -> list[Any]:
-        if len(parted.calls) != 1:
+    def _call(self, parted: Parted) -> Call:
+        found = terms.reaching(parted.calls, parted.loss)
+        if len(found) != 1 or found[0][1].requires_grad:
             raise ValueError(
-                f"the loss calls {len(parted.calls)} loss functions of torch, so that it is no mean of "
-                "terms that are all alike; per='sample' takes each sample's loss as it is"
+                "the loss is not the value of one loss function of torch's, times a number, so that it is "
+                "no mean of terms that are all alike; per='sample' takes each sample's loss as it is"
             )
-        return parted.calls
+        return found[0][0]
 
     # -- the proof --------------------------------------------------------------------------------
 
@@ -244,13 +242,19 @@ class Terms:
         self._looked_at = fn.now
         reading, n = samples_of(parted)
         if self._law is None and n > 1:
-            halves = [slice(0, n // 2), slice(n // 2, n)]
-            self._law = self._found(parted, [_Part(parted, reading, n, rows) for rows in halves])
+            cut = max((n // 3 - 1) | 1, 1)  # no half, and odd: what goes by place shows
+            try:
+                parts = [_Part(parted, reading, n, s) for s in (slice(0, cut), slice(cut, n))]
+            except Exception as error:  # whatever a model does with fewer samples than it expects
+                raise ValueError(_APART.format(error)) from error
+            self._law = self._found(parted, parts)
 
     def _found(self, whole: Parted, parts: list[_Part]) -> str | None:
         """Which law holds for both parts of a batch; None if all gradients are zero."""
         weights, faces = self._weights(whole), self._faces(whole)
         for law in weights:
+            if _drops(faces, whole, weights[law]):
+                continue
             outcomes = []
             for part in parts:
                 own = self._weights(part.parted)
@@ -304,23 +308,38 @@ def samples_of(parted: Parted) -> tuple[Reading, int]:
 
 def _rows(faces: list[Face], parted: Parted, weights: Tensor) -> Rows:
     """The gradients of terms of which the loss is the sum by some weights."""
+    counts = weights > 0  # a mean over nothing is no number, nor are its weights
+    scale = torch.where(counts, 1 / weights, 0.0)[:, None]
+    scaled = [torch.where(counts[:, None], scale * r, 0.0) for r in _vectors(faces, parted)]
+    return Rows(faces, scaled, torch.where(counts, weights, 0.0))
+
+
+def _vectors(faces: list[Face], parted: Parted) -> Tensors:
+    """The gradient of the loss in the outputs, by rows."""
     places = parted.leaves
     found: tuple[Tensor | None, ...] = (None,) * len(places)
     if parted.loss.requires_grad:
         found = torch.autograd.grad(parted.loss, places, retain_graph=True, allow_unused=True)
-    counts = weights > 0  # a mean over nothing is no number, nor are its weights
-    scale = torch.where(counts, 1 / weights, 0.0)[:, None]
-    vectors = [
-        face.rows(torch.zeros_like(z) if g is None else g)
-        for face, g, z in zip(faces, found, places, strict=True)
-    ]
-    scaled = [torch.where(counts[:, None], scale * r, 0.0) for r in vectors]
-    return Rows(faces, scaled, torch.where(counts, weights, 0.0))
+    parts = zip(faces, found, places, strict=True)
+    return [face.rows(torch.zeros_like(z) if g is None else g) for face, g, z in parts]
 
+
+def _drops(faces: list[Face], parted: Parted, weights: Tensor) -> bool:
+    """Whether terms that would count nothing have gradients all the same."""
+    nothing = (weights == 0)[:, None]
+    if not nothing.any():
+        return False
+    return any(bool((nothing & (r != 0)).any()) for r in _vectors(faces, parted))
+
+
+_APART = (
+    "a part of a batch by itself cannot be evaluated ({}), so that it cannot be seen whether samples are by "
+    "themselves; GaussNewtonOperator takes a batch as one function"
+)
 
 _COUPLED = (
-    "half of a batch by itself has not the gradients that its samples have in the batch, so that they are "
-    "no samples' own: {}; GaussNewtonOperator takes a batch as one function"
+    "a part of a batch by itself has not the gradients that its samples have in the batch, so that they "
+    "are no samples' own: {}; GaussNewtonOperator takes a batch as one function"
 )
 
 

@@ -70,7 +70,8 @@ class Stacked(LinearOperator):
         state = self.risk.state()
         known: dict[Any, int] = {}
         ends = [0]
-        with torch.no_grad(), self.risk.place(point, state), closing(self.risk.terms()) as terms:
+        place = self.risk.place(point, state)
+        with grad_enabled(), place, closing(self.risk.terms()) as terms:
             for term in terms:
                 shapes = tuple((t.shape, t.dtype) for t in tensors_in(term.data[0]))
                 if shapes not in known:

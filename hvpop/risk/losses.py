@@ -123,6 +123,7 @@ class forward_only:  # noqa: N801
             given: Any = {k: v for k, v in batch.items() if k != "labels"}
         elif isinstance(batch, tuple | list):
             given = batch[:-1] if len(batch) > 1 else batch
+            given = given[0] if len(given) == 1 else given
         else:
             given = batch
         marked = pytree.tree_leaves(outputs(_applied(model, given)))

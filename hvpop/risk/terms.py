@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -49,21 +49,25 @@ def weights(call: Call) -> Tensor:
     return torch.where(counted, by_class[torch.where(counted, target, 0)], 0.0).to(z.dtype)
 
 
-def share(call: Call, loss: Tensor) -> Tensor | None:
-    """By how much each term is multiplied where all of them add up to the loss, or to a part of it.
+def reaching(calls: Iterable[Call], loss: Tensor) -> list[tuple[Call, Tensor]]:
+    """The calls whose value the loss depends on, with its derivative by that.
 
-    None if the loss is no sum of what was called, by numbers: focal losses are powers of it.
+    Others are inside the model, or for the record. A derivative that itself depends on something is
+    of a loss that is no multiple of what was called: focal losses are powers of it.
     """
-    (a,) = torch.autograd.grad(
-        loss, [call.value], create_graph=True, retain_graph=True, allow_unused=True
-    )
-    if a is None:
-        return torch.zeros_like(weights(call))
-    if a.requires_grad:
-        return None
+    known = [call for call in calls if loss.requires_grad and call.value.requires_grad]
+    if not known:
+        return []
+    values = [call.value for call in known]
+    found = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
+    return [(call, a) for call, a in zip(known, found, strict=True) if a is not None]
+
+
+def shares(call: Call, slope: Tensor) -> Tensor:
+    """By how much each term is multiplied where all of them add up to the call's part of the loss."""
     counts = weights(call)
     mean = settings(call).get("reduction", "mean") == "mean"
-    return a * counts / counts.sum() if mean else a * counts
+    return (slope * counts / counts.sum() if mean else slope * counts).detach()
 
 
 def by_entry(call: Call) -> bool:

@@ -51,6 +51,8 @@ class Parted:
             self.loss = fn(place, *args)
         self.outputs, self.leaves, self.calls = cut.outputs, cut.leaves, cut.calls
         self.cutting = cutting
+        if cutting.at_calls:
+            self._forget_what_is_for_the_record()
         if not self.outputs:
             unfed = UNFED if cutting.at_inputs else UNMARKED
             raise ValueError(UNCALLED if cutting.at_calls else unfed)
@@ -62,6 +64,14 @@ class Parted:
             self.loss = forward_ad.unpack_dual(self.loss).primal
         if len(self.outputs) > 1:
             self._refuse_chains()
+
+    def _forget_what_is_for_the_record(self) -> None:
+        """Leave out what was handed to loss functions whose value is no part of the loss."""
+        ends = {id(leaf) for leaf in leaves_of(self.loss)}
+        kept = [i for i, leaf in enumerate(self.leaves) if id(leaf) in ends]
+        if kept:
+            self.outputs = [self.outputs[i] for i in kept]
+            self.leaves = [self.leaves[i] for i in kept]
 
     def around(self) -> AbstractContextManager[None]:
         """What has to be in force while derivatives are taken."""

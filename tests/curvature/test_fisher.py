@@ -362,6 +362,17 @@ def test_a_batch_loss_and_the_head_of_a_model_have_it() -> None:
     assert error(FisherOperator.from_risk(headed).to_dense(), truth) < EXACT
 
 
+def test_a_loss_for_the_record_is_no_part_of_it() -> None:
+    def recorded(z: Tensor, t: Tensor) -> Tensor:
+        F.huber_loss(z, torch.zeros_like(z))
+        return 2.0 * F.cross_entropy(z, t)
+
+    truth = 2 * whole(nn.CrossEntropyLoss(), LABELS)
+    assert error(fisher(mlp(), recorded, LABELS).to_dense(), truth) < EXACT
+    one = fisher(mlp(), nn.CrossEntropyLoss(), LABELS, samples=3).to_dense()
+    assert error(fisher(mlp(), recorded, LABELS, samples=3).to_dense(), 2 * one) < EXACT
+
+
 def test_of_two_likelihoods_it_is_the_sum() -> None:
     def two(model: nn.Module, batch: Any) -> Tensor:
         z = model(batch[0])

@@ -322,6 +322,67 @@ def test_a_batch_loss_and_the_head_of_a_model_have_them() -> None:
         assert error(E.to_dense(), moment(truth)) < EXACT
 
 
+class Robust(nn.Module):
+    """Calls a loss function on its way, and one for the record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        with torch.no_grad():
+            self.record = F.mse_loss(z, torch.zeros_like(z))
+        return z + F.smooth_l1_loss(z, z.sin(), reduction="none")
+
+
+@pytest.mark.parametrize("name", ["both", "mse"])
+def test_calls_that_are_not_the_losss_own_are_told_apart(name: str) -> None:
+    loss, targets = LOSSES[name]
+    truth = samples(Robust(), loss, targets)
+    E, G = both(Robust(), loss, targets)
+    assert error(G.to_dense(), truth[0]) < EXACT
+    assert error(E.to_dense(), moment(truth)) < EXACT
+
+
+def test_a_loss_for_the_record_is_no_term() -> None:
+    def recorded(z: Tensor, t: Tensor) -> Tensor:
+        F.mse_loss(z, torch.zeros_like(z))
+        return 2.0 * F.cross_entropy(z, t)
+
+    rows, weights = samples(mlp(), nn.CrossEntropyLoss(), LABELS)
+    for per in ("sample", "term"):
+        assert error(both(mlp(), recorded, LABELS, per=per)[1].to_dense(), 2 * rows) < EXACT
+        E = both(mlp(), recorded, LABELS, per=per)[0]
+        assert error(E.to_dense(), 4 * moment((rows, weights))) < EXACT
+
+
+@pytest.mark.parametrize("sizes", [[23], SIZES])
+def test_a_mask_of_a_users_counts_as_ignored_targets_do(sizes: Any) -> None:
+    def masked(z: Tensor, t: Tensor) -> Tensor:
+        mask = (t >= 0).double()
+        return (F.cross_entropy(z, t.clamp_min(0), reduction="none") * mask).sum() / mask.sum()
+
+    truth = samples(mlp(), nn.CrossEntropyLoss(), IGNORED)
+    average = Average(weight=lambda batch: float((batch[1] >= 0).sum()))
+    for per in ("sample", "term"):
+        E, G = both(mlp(), masked, IGNORED, sizes, per=per, average=average)
+        assert error(G.to_dense(), truth[0]) < EXACT
+        assert error(E.to_dense(), moment(truth)) < EXACT
+
+
+def test_what_an_ignored_target_leaves_in_the_loss_is_not_dropped() -> None:
+    def pulled(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t) + z.square().mean()
+
+    targets = LABELS[:20].clone()
+    targets[[3, 14]] = -100  # one in each half
+    for kind in (EmpiricalFisherOperator, GradientOperator):
+        A = kind(mlp(), pulled, [(X[:20], targets)])
+        with pytest.raises(ValueError, match="neither a mean nor a sum over them"):
+            A @ random(43)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
