@@ -30,6 +30,9 @@ from .memory import budget_in_bytes
 from .preparation import Preparation
 from .space import from_point, layout_of, multiplier, space_of, to_point
 
+ROWS_AT_ONCE = 64
+"""Rows that are made together where the matrix itself is asked for."""
+
 
 class Rows(Protocol):
     """Makes the rows of a batch."""
@@ -112,6 +115,35 @@ class Stacked(LinearOperator):
     def block(self, cols: Selection) -> Self:
         """The columns of some of the parameters: names, globs, modules, a predicate, as ``params=``."""
         return self.restricted(cols)
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, ``(m, n)``: a pull-back of its batch for each row, in one pass.
+
+        With less columns than rows, a tangent for each column instead.
+        """
+        m, n = self.shape
+        if n < m:
+            return super().to_dense()
+        dense = torch.zeros(m, n, dtype=working_dtype(self.torch_dtype), device=self.device)
+
+        def fill() -> None:
+            place = self._place()
+            like, weight = next(iter(place.point.values())), 0.0
+            for piece in self._maps(place):
+                start, stop = piece.rows.start, piece.rows.stop
+                for a in range(start, stop, ROWS_AT_ONCE):
+                    b = min(a + ROWS_AT_ONCE, stop)
+                    unit = torch.zeros(b - a, stop - start, dtype=like.dtype, device=like.device)
+                    unit.diagonal(a - start).fill_(1.0)
+                    found = multiplier({ROWS: unit})(piece.linear.pull, self._width(b - a))
+                    block = self._counted_in(from_point(found, dense[a:b].T).T, piece.weight)
+                    dense[a:b] = block
+                weight += piece.weight
+            dense.div_(self._divisor(weight))
+
+        with torch.no_grad():
+            guarded(lambda: settled(self.strategy, fill))
+        return self._finite(dense)
 
     # -- products ---------------------------------------------------------------------------------
 

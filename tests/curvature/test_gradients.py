@@ -525,6 +525,31 @@ def test_a_linearized_one_keeps_its_point_and_is_copied() -> None:
         G @ v
 
 
+def test_the_matrix_itself_is_made_by_rows_or_by_columns() -> None:
+    loss, targets = LOSSES["both"]
+    truth, _ = samples(mlp(), loss, targets)
+    passes = 0
+
+    class Counted(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            nonlocal passes
+            passes += 1
+            return super().__iter__()
+
+    G = GradientOperator(mlp(), loss, Counted(split((X, targets), SIZES)))
+    passes = 0
+    assert error(G.to_dense(), truth) < EXACT  # 23 rows, 43 columns
+    assert passes == 1
+    head = G.block("2.bias")  # 3 columns
+    assert error(head.to_dense(), truth[:, 40:]) < EXACT
+    assert error(G.linearize().block("2.bias").to_dense(), truth[:, 40:]) < EXACT
+    many = GradientOperator(mlp(), nn.MSELoss(), [(X.repeat(9, 1), REAL.repeat(9, 1))])
+    wide = GradientOperator(mlp(hidden=60), nn.MSELoss(), [(X.repeat(9, 1), REAL.repeat(9, 1))])
+    for operator in (many, wide):  # 207 rows against 43 and 483 columns
+        unit = torch.eye(207, dtype=torch.float64)
+        assert error(operator.to_dense(), (operator.T @ unit).mT) < EXACT
+
+
 def test_a_batch_that_has_grown_is_noticed() -> None:
     data = [[X, REAL]]
     G = GradientOperator(mlp(), nn.MSELoss(), data)
