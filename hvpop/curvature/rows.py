@@ -176,7 +176,7 @@ class Terms:
 
     def __call__(self, parted: Parted) -> Rows:
         parted.refuse_beside()
-        weights = self._weights(parted)
+        weights = self._weights(parted, self._law)
         return _rows(self._faces(parted), parted, weights[self._law or next(iter(weights))])
 
     def count(self, parted: Parted) -> int:
@@ -201,12 +201,13 @@ class Terms:
                 )
         return [Face(z.shape, n, None) for z in parted.outputs]
 
-    def _weights(self, parted: Parted) -> dict[str, Tensor]:
-        """What terms may count in their batch, by law, the likeliest first."""
+    def _weights(self, parted: Parted, law: str | None = None) -> dict[str, Tensor]:
+        """What terms may count in their batch, by law (or by this one), the likeliest first."""
         z = parted.outputs[0]
         n = samples_of(parted)[1]
         found: dict[str, Tensor] = {}
-        for call, slope in terms.reaching(parted.calls, parted.loss):
+        calls = parted.calls if law in (None, "mean of terms") else []
+        for call, slope in terms.reaching(calls, parted.loss):
             own = terms.shares(call, slope)
             adds = terms.settings(call).get("reduction") == "sum"
             if adds or slope.requires_grad or own.numel() % n:
