@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..interception import Interception, Table
 from ..marker import Call, called, is_watched
+from .formulas.losses import forgotten_weight
 
 
 def noting() -> AbstractContextManager[None]:
@@ -82,6 +83,8 @@ def _signature(loss: Callable[..., Any]) -> inspect.Signature:
 
 def _noting(loss: Callable[..., Any]) -> Callable[..., Any]:
     def noted(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if loss is F.l1_loss and (weight := forgotten_weight()) is not None:
+            kwargs["weight"] = weight
         return called(loss, input, args, kwargs)
 
     return noted
@@ -90,7 +93,7 @@ def _noting(loss: Callable[..., Any]) -> Callable[..., Any]:
 CLASSES: set[Callable[..., Any]] = {F.cross_entropy, F.nll_loss}
 """Whose terms are vectors of classes, along the dimension 1 (of a single one, the only one)."""
 
-WEIGHTED: set[Callable[..., Any]] = {F.mse_loss, F.l1_loss, F.huber_loss}
+WEIGHTED: set[Callable[..., Any]] = {F.mse_loss, F.l1_loss}
 """That divide by the weights of their entries, where they are given some."""
 
 _BY_ENTRY: list[Callable[..., Any]] = [

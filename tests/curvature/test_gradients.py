@@ -251,6 +251,31 @@ def test_entries_and_samples_of_squares_are_different_matrices() -> None:
     assert error(both(mlp(), nn.MSELoss(), REAL)[0].to_dense(), moment(truth)) > 0.1
 
 
+ENTRIES = random(23, 3, seed=14).abs() + 0.1
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.huber_loss])
+def test_entries_count_what_their_loss_divides_by(loss: Any) -> None:
+    def weighted(z: Tensor, t: tuple[Tensor, Tensor]) -> Tensor:
+        value: Tensor = loss(z, t[0], weight=t[1])
+        return value
+
+    whole = [(X, (REAL, ENTRIES))]
+    E = EmpiricalFisherOperator(mlp(), weighted, whole, per="term")
+    G = GradientOperator(mlp(), weighted, whole, per="term")
+    model = mlp()
+    own = loss(model(X), REAL, reduction="none")
+    if loss is F.huber_loss:  # which divides by the number of entries
+        own, counts = own * ENTRIES, torch.ones_like(ENTRIES)
+    else:
+        counts = ENTRIES
+    rows = [torch.autograd.grad(e, list(model.parameters()), retain_graph=True)
+            for e in own.flatten()]  # fmt: skip
+    truth = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    assert error(G.to_dense(), truth) < EXACT
+    assert error(E.to_dense(), moment((truth, counts.flatten()))) < EXACT
+
+
 def focal(z: Tensor, t: Tensor) -> Tensor:
     p = z.log_softmax(1).gather(1, t[:, None])
     return -((1 - p.exp()) ** 2 * p).mean()
