@@ -1,6 +1,14 @@
 """Hessians of PyTorch models as linear operators that SciPy and torch both take."""
 
-from .curvature import GaussNewtonOperator, HessianOperator, block_diagonal
+from .curvature import (
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    GradientOperator,
+    HessianOperator,
+    JacobianOperator,
+    block_diagonal,
+)
 from .operators import (
     BatchForms,
     BlockDiagonal,
@@ -14,7 +22,7 @@ from .operators import (
     LowRank,
     Restriction,
 )
-from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, outputs
+from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, inputs, outputs
 from .strategies import (
     Compiled,
     FiniteDifference,
@@ -36,19 +44,24 @@ __all__ = [
     "Damped",
     "Dense",
     "Diagonal",
+    "EmpiricalFisherOperator",
     "EmpiricalRisk",
     "FiniteDifference",
+    "FisherOperator",
     "ForwardOverReverse",
     "FromFunction",
     "GaussNewtonOperator",
+    "GradientOperator",
     "HVPStrategy",
     "HessianOperator",
     "Identity",
+    "JacobianOperator",
     "Layout",
     "LinearOperator",
     "LowRank",
     "Restriction",
     "ReverseOverReverse",
     "block_diagonal",
+    "inputs",
     "outputs",
 ]

@@ -43,16 +43,22 @@ def huber_loss(
 
 
 def l1_loss(input: Tensor, target: Tensor, **reduction: Any) -> Tensor | None:
-    # torch 2.13 forgets the argument `weight` when it hands `l1_loss` to a mode, so that every mode
-    # changes the loss; the weight is still among the local variables of the call.
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not F.l1_loss.__code__:
-        frame = frame.f_back
-    weight = None if frame is None else frame.f_locals.get("weight")
+    weight = forgotten_weight()
     if weight is None:
         return None
     reduction["weight"] = weight
     return F.l1_loss(input, target, **reduction)
+
+
+def forgotten_weight() -> Tensor | None:
+    """The argument of `l1_loss` that torch 2.13 forgets when it hands the call to a mode.
+
+    So that every mode changes the loss. It is still among the local variables of the call.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("weight")
 
 
 def linear_cross_entropy(
