@@ -128,7 +128,8 @@ _EAGERLY = "to run compiled code eagerly, since it has no double backward"
 
 
 engine = _private(
-    "torch.autograd.graph._engine_run_backward", "to tell a derivative of torch's that fails"
+    "torch.autograd.graph._engine_run_backward",
+    "to tell a derivative of torch's that fails, and to take one without looking at shapes",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from numbers import Integral
@@ -70,13 +71,20 @@ def generators_in(modules: Iterable[nn.Module]) -> list[Any]:
     found = {}
     for module in modules:
         for value in vars(module).values():
+            if type(value) in _NONE_OF_THESE:
+                continue
             if is_generator(value):
                 found[id(value)] = value
             elif type(value) in (list, tuple, dict):
                 items = value.values() if isinstance(value, dict) else value
-                found |= {id(item): item for item in items if is_generator(item)}
+                found |= {
+                    id(g): g for g in items if type(g) not in _NONE_OF_THESE and is_generator(g)
+                }
     return list(found.values())
 
+
+_NONE_OF_THESE = {bool, int, float, str, type(None), OrderedDict, set, Tensor, nn.Parameter}
+"""What most attributes of modules are, passed over at once."""
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 

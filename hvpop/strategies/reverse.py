@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..graph import pulled
 from .authored import NOTHING, authored, hold_against_differences, refuse_hidden, ungraded
 from .base import (
     HVPStrategy,
@@ -70,9 +71,8 @@ class ReverseOverReverse(HVPStrategy):
                     loss = fn(point, *args)
                     gradient: tuple[Tensor | None, ...] = (None,) * len(point)
                     if loss.requires_grad:
-                        gradient = torch.autograd.grad(
-                            loss, list(point.values()), create_graph=True, allow_unused=True
-                        )
+                        one = torch.ones_like(loss)
+                        gradient = pulled([loss], list(point.values()), [one], create_graph=True)
                 refuse_hidden(self, fn, point, loss)
         linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
         linear.looks = bool(
@@ -222,17 +222,15 @@ class _DoubleBackward(Blockwise):
                 products = self._vjp(cotangents, k)
         return filled(self._point, products, k)
 
-    def _vjp(self, cotangents: list[Tensor], k: int | None) -> tuple[Tensor, ...]:
+    def _vjp(self, cotangents: list[Tensor], k: int | None) -> tuple[Tensor | None, ...]:
         if self._views_as_complex:
             cotangents = [aligned(v) for v in cotangents]
-        return torch.autograd.grad(
+        return pulled(
             self._gradient,
             list(self._point.values()),
             cotangents,
-            retain_graph=True,
             create_graph=self._create_graph,
-            allow_unused=True,
-            is_grads_batched=k is not None,
+            batched=k is not None,
         )
 
 
