@@ -2,8 +2,11 @@
 
 from .blocks import block_diagonal
 from .check import CheckResult
+from .empirical_fisher import EmpiricalFisherOperator
 from .gauss_newton import GaussNewtonOperator
+from .gradients import GradientOperator
 from .hessian import HessianOperator
+from .jacobian import JacobianOperator
 from .linearized import Linearized, Report
 
 LinearizedHessian = Linearized
@@ -11,8 +14,11 @@ LinearizedHessian = Linearized
 
 __all__ = [
     "CheckResult",
+    "EmpiricalFisherOperator",
     "GaussNewtonOperator",
+    "GradientOperator",
     "HessianOperator",
+    "JacobianOperator",
     "LinearizedHessian",
     "Report",
     "block_diagonal",

@@ -50,16 +50,22 @@ class Live(DataAverage):
         self._build(risk, strategy)
 
     @classmethod
-    def from_risk(cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None) -> Self:
-        """The same matrix of a risk that was made before."""
+    def from_risk(
+        cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None, **which: Any
+    ) -> Self:
+        """The same matrix of a risk that was made before; ``which`` are arguments of its own."""
         if not isinstance(risk, EmpiricalRisk):
             raise TypeError(
                 f"from_risk takes an EmpiricalRisk, got {type(risk).__name__}; for a batch loss make one "
                 "with EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
             )
         operator = cls.__new__(cls)
+        operator._which(**which)
         operator._build(risk, strategy)
         return operator
+
+    def _which(self) -> None:
+        """Take the arguments that only this matrix has."""
 
     def _matrix(self, strategy: HVPStrategy) -> HVPStrategy:
         """What turns a batch's function into its linear map, with derivatives taken by ``strategy``."""

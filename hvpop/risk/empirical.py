@@ -127,6 +127,7 @@ class EmpiricalRisk:
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0
+        self._whole = False
         self._weigher = Weigher(average, batch_loss)
         self.function = LossFunction(self._roots, batch_loss, self._weigher)
         self._frozen: tuple[object, EmpiricalRisk] | None = None
@@ -176,8 +177,10 @@ class EmpiricalRisk:
         counted = 0
         weighed = self._weigher.weighed(self._read(), self.model, self._place)
         for i, (batch, weight) in enumerate(weighed):
-            if weight > 0:  # a mean over nothing (all targets ignored) is not a number
-                counted += 1
+            counted += weight > 0
+            if (
+                weight > 0 or self._whole
+            ):  # a mean over nothing (all targets ignored) is not a number
                 yield Term(self.loss, (batch, seed_tensor(self.seed + i)), weight, f"batch {i}")
         if counted == 0:
             raise ValueError("all batches have weight 0, so there is nothing to average")
@@ -232,6 +235,12 @@ class EmpiricalRisk:
         """The same risk in batch mode."""
         risk = self._copy()
         risk.mode = "batch"
+        return risk
+
+    def whole(self) -> EmpiricalRisk:
+        """The same risk in batch mode, whose terms are all batches, those that count nothing too."""
+        risk = self.batchwise()
+        risk._whole = True
         return risk
 
     def restricted(self, params: Selection) -> EmpiricalRisk:

@@ -29,6 +29,7 @@ from .randomness import (
 )
 from .rewrites import REWRITES, Rewrites
 from .settings import Snapshot
+from .terms import noting
 
 Tensors = dict[str, Tensor]
 
@@ -168,6 +169,7 @@ class LossFunction:
                 if in_place and self._snapshot is None
                 else now.inventory.holding(state | params, self._snapshot),
                 Rewrites() if now.convolves else nullcontext(),
+                noting(),
             ):
                 value = scalar(now.batch_loss(now.roots[""], batch))
         else:
@@ -288,7 +290,7 @@ class _At(Exchange):
         now = self._function.now
         buffers = {n: t.clone() for n, t in self._state.items() if n in now.inventory.buffers}
         policies.hooks.clear()
-        with now.inventory.holding(buffers):
+        with now.inventory.holding(buffers), noting():
             value = scalar(now.batch_loss(now.roots[""], batch))
         self._function.hooked = bool(policies.hooks)
         canaries.refuse_what_is_not_seen(value)
