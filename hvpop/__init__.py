@@ -2,6 +2,7 @@
 
 from .curvature import (
     EmpiricalFisherOperator,
+    FisherOperator,
     GaussNewtonOperator,
     GradientOperator,
     HessianOperator,
@@ -46,6 +47,7 @@ __all__ = [
     "EmpiricalFisherOperator",
     "EmpiricalRisk",
     "FiniteDifference",
+    "FisherOperator",
     "ForwardOverReverse",
     "FromFunction",
     "GaussNewtonOperator",

@@ -52,9 +52,11 @@ def is_watched() -> bool:
     return _HERE.cut is not None and _HERE.cut.watching
 
 
-def called(loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Tell that ``loss(z, *args, **kwargs)`` is about to be called; returns what to hand it as ``z``."""
-    return _HERE.cut.called(loss, z, args, kwargs) if is_watched() and _HERE.cut else z
+def called(loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Any:
+    """``loss(z, *args, **kwargs)``, seen by a cut that watches."""
+    if _HERE.cut is None or not _HERE.cut.watching:
+        return loss(z, *args, **kwargs)
+    return _HERE.cut.called(loss, z, args, kwargs)
 
 
 class Call(NamedTuple):
@@ -64,6 +66,7 @@ class Call(NamedTuple):
     input: Tensor
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    value: Any
 
 
 class Cutting(NamedTuple):
@@ -93,10 +96,11 @@ class Cut(Exchange):
     def marked(self, z: T) -> T:
         return z if self._at_calls else pytree.tree_map(self._handed, z)
 
-    def called(self, loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Tensor:
-        handed: Tensor = self._handed(z) if self._at_calls else z
-        self.calls.append(Call(loss, handed, args, kwargs))
-        return handed
+    def called(self, loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Any:
+        handed = self._handed(z) if self._at_calls else z
+        value = loss(handed, *args, **kwargs)
+        self.calls.append(Call(loss, handed, args, kwargs, value))
+        return value
 
     def _handed(self, thing: Any) -> Any:
         if not isinstance(thing, Tensor) or not thing.is_floating_point():

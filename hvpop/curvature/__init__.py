@@ -3,6 +3,7 @@
 from .blocks import block_diagonal
 from .check import CheckResult
 from .empirical_fisher import EmpiricalFisherOperator
+from .fisher import FisherOperator
 from .gauss_newton import GaussNewtonOperator
 from .gradients import GradientOperator
 from .hessian import HessianOperator
@@ -15,6 +16,7 @@ LinearizedHessian = Linearized
 __all__ = [
     "CheckResult",
     "EmpiricalFisherOperator",
+    "FisherOperator",
     "GaussNewtonOperator",
     "GradientOperator",
     "HessianOperator",

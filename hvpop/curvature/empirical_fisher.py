@@ -9,10 +9,9 @@ from torch import nn
 from ..risk import EmpiricalRisk
 from ..risk.losses import Loss
 from ..strategies import HVPStrategy
-from ..strategies.parted import Parted, Tensors
-from ..strategies.through_outputs import ThroughOutputs, Times
+from ..strategies.through_outputs import ThroughOutputs
 from .live import Live
-from .rows import Per, Terms
+from .rows import Per, SecondMoment, Terms
 
 
 class EmpiricalFisherOperator(Live):
@@ -67,26 +66,11 @@ class EmpiricalFisherOperator(Live):
     def _which(self, per: Per = "sample") -> None:
         self._terms = Terms(per)
 
+    def _kind(self) -> str:
+        return "" if self._terms.per == "sample" else "(per='term')"
+
     def _build(self, risk: EmpiricalRisk, strategy: HVPStrategy | None) -> None:
         super()._build(risk.batchwise(), strategy)
 
     def _matrix(self, strategy: HVPStrategy) -> HVPStrategy:
-        return ThroughOutputs(strategy, _SecondMoment(self._terms))
-
-
-class _SecondMoment:
-    """``B = sum_i w_i r_i r_i'``, of the gradients of terms in the outputs."""
-
-    def __init__(self, terms: Terms) -> None:
-        self._terms, self.cutting = terms, terms.cutting
-
-    def prove(self, parted: Parted) -> None:
-        self._terms.prove(parted)
-
-    def __call__(self, parted: Parted) -> Times:
-        rows = self._terms(parted)
-
-        def times(s: Tensors, k: int | None) -> Tensors:
-            return rows.spread(rows.weights * rows.gather(s, k), k)
-
-        return times
+        return ThroughOutputs(strategy, SecondMoment(self._terms))

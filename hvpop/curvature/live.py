@@ -92,6 +92,10 @@ class Live(DataAverage):
         self._reference = self._matrix(ReverseOverReverse())
         self._tracer = Tracer(self._reference)
 
+    def _kind(self) -> str:
+        """Which of several matrices of the name it is, for texts."""
+        return ""
+
     def report(self) -> str:
         """The strategy in use, and what the products have cost so far."""
         return (
@@ -106,7 +110,7 @@ class Live(DataAverage):
 
     def _label(self) -> str:
         usual = repr(self.strategy) == "ReverseOverReverse()"
-        name = type(self).__name__
+        name = f"{type(self).__name__}{self._kind()}"
         return name if usual else f"{name}[{self.strategy!r}]"
 
     def _summed(self, V: Tensor) -> WeightedSum:
@@ -133,7 +137,7 @@ class Live(DataAverage):
         if id(self) not in done:
             done[id(self)] = guarded(
                 lambda: Linearized(
-                    type(self).__name__.removesuffix("Operator"),
+                    type(self).__name__.removesuffix("Operator") + self._kind(),
                     self.risk,
                     self.strategy,
                     self._reference,

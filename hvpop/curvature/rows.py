@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..risk import terms
 from ..risk.function import LossFunction
 from ..risk.samples import READINGS, Reading
 from ..strategies.parted import Parted, Tensors
+from ..strategies.through_outputs import Times
 from .joining import same
 
 Per = Literal["sample", "term"]
@@ -114,6 +115,45 @@ class OutputRows:
         return [p.reshape(*lead, *s) for p, s in zip(pieces, self._shapes, strict=True)]
 
 
+class Weighed(Protocol):
+    """Rows that count something each."""
+
+    count: int
+    weights: Tensor
+
+    def gather(self, tangents: Tensors, k: int | None = None) -> Tensor: ...
+
+    def spread(self, u: Tensor, k: int | None = None) -> Tensors: ...
+
+
+class Maker(Protocol):
+    """Makes rows of a parted function."""
+
+    cutting: Cutting
+
+    def prove(self, parted: Parted) -> None: ...
+
+    def __call__(self, parted: Parted) -> Weighed: ...
+
+
+class SecondMoment:
+    """``B = sum_i w_i r_i r_i'``, for `ThroughOutputs`."""
+
+    def __init__(self, maker: Maker) -> None:
+        self._maker, self.cutting = maker, maker.cutting
+
+    def prove(self, parted: Parted) -> None:
+        self._maker.prove(parted)
+
+    def __call__(self, parted: Parted) -> Times:
+        rows = self._maker(parted)
+
+        def times(s: Tensors, k: int | None) -> Tensors:
+            return rows.spread(rows.weights * rows.gather(s, k), k)
+
+        return times
+
+
 # -- the terms of a loss -------------------------------------------------------------------------------
 
 
@@ -169,14 +209,13 @@ class Terms:
         found: dict[str, Tensor] = {}
         calls = self._one_call(parted) if self.per == "term" else parted.calls
         for call in calls:
-            reduction = terms.settings(call).get("reduction", "mean")
-            own = terms.weights(call).reshape(-1)
-            if self.per == "sample":
-                if own.numel() % n:
-                    continue
-                own = own.reshape(n, -1).sum(1)
-            if reduction == "mean":
-                found.setdefault("mean of terms", own / own.sum())
+            if not parted.loss.requires_grad or terms.settings(call).get("reduction") == "sum":
+                continue
+            own = terms.share(call, parted.loss)
+            if own is None or own.numel() % n:
+                continue
+            own = own.reshape(n, -1).sum(1) if self.per == "sample" else own.reshape(-1)
+            found.setdefault("mean of terms", (own / own.sum()).detach())
         count = n if self.per == "sample" else sum(f.count for f in self._faces(parted))
         found["mean of samples"] = z.new_full((count,), 1 / n)
         found["sum"] = z.new_ones(count)

@@ -36,6 +36,8 @@ def weights(call: Call) -> Tensor:
     """
     given = settings(call)
     target, z = given.get("target"), call.input
+    if call.loss in WEIGHTED and given.get("weight") is not None:
+        return torch.as_tensor(given["weight"]).to(z).expand(z.shape)
     if call.loss not in CLASSES or not isinstance(target, Tensor):
         return z.new_ones(z.shape)
     if target.is_floating_point():  # probabilities: a prediction each
@@ -45,6 +47,23 @@ def weights(call: Call) -> Tensor:
     if by_class is None:
         return counted.to(z.dtype)
     return torch.where(counted, by_class[torch.where(counted, target, 0)], 0.0).to(z.dtype)
+
+
+def share(call: Call, loss: Tensor) -> Tensor | None:
+    """By how much each term is multiplied where all of them add up to the loss, or to a part of it.
+
+    None if the loss is no sum of what was called, by numbers: focal losses are powers of it.
+    """
+    (a,) = torch.autograd.grad(
+        loss, [call.value], create_graph=True, retain_graph=True, allow_unused=True
+    )
+    if a is None:
+        return torch.zeros_like(weights(call))
+    if a.requires_grad:
+        return None
+    counts = weights(call)
+    mean = settings(call).get("reduction", "mean") == "mean"
+    return a * counts / counts.sum() if mean else a * counts
 
 
 def by_entry(call: Call) -> bool:
@@ -59,14 +78,16 @@ def _signature(loss: Callable[..., Any]) -> inspect.Signature:
 
 def _noting(loss: Callable[..., Any]) -> Callable[..., Any]:
     def noted(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        handed = called(loss, input, args, kwargs)
-        return None if handed is input else loss(handed, *args, **kwargs)
+        return called(loss, input, args, kwargs)
 
     return noted
 
 
 CLASSES: set[Callable[..., Any]] = {F.cross_entropy, F.nll_loss}
 """Whose terms are vectors of classes, along the dimension 1 (of a single one, the only one)."""
+
+WEIGHTED: set[Callable[..., Any]] = {F.mse_loss, F.l1_loss, F.huber_loss}
+"""That divide by the weights of their entries, where they are given some."""
 
 _BY_ENTRY: list[Callable[..., Any]] = [
     F.mse_loss,

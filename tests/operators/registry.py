@@ -15,6 +15,7 @@ from hvpop import (
     Dense,
     Diagonal,
     EmpiricalFisherOperator,
+    FisherOperator,
     FromFunction,
     GradientOperator,
     HessianOperator,
@@ -172,7 +173,7 @@ def rows_of(model: nn.Module, numbers: Tensor) -> Tensor:
 
 @cache
 def over_samples(kind: str) -> Case:
-    """The gradients of samples, the Jacobian of outputs, and the second moment of the former."""
+    """The gradients of samples, the Jacobian of outputs, and the matrices that are made of them."""
     model, loss, data = problem()
     if kind == "jacobian":
         z = torch.cat([model(x) for x, _ in data])
@@ -181,6 +182,11 @@ def over_samples(kind: str) -> Case:
     G = rows_of(model, torch.stack(losses))
     if kind == "gradients":
         return GradientOperator(model, loss, data), G
+    if kind == "fisher":
+        z = torch.cat([model(x) for x, _ in data]).detach()
+        J, p = rows_of(model, torch.cat([model(x) for x, _ in data]).flatten()), z.softmax(1)
+        B = torch.block_diag(*(q.diag() - q.outer(q) for q in p))
+        return FisherOperator(model, loss, data), J.T @ B @ J / len(G)
     return EmpiricalFisherOperator(model, loss, data), G.T @ G / len(G)
 
 
@@ -276,6 +282,7 @@ OPERATORS: dict[str, Callable[[], Case]] = {
     "jacobian linearized": lambda: linearized(over_samples("jacobian")),
     "empirical fisher": lambda: over_samples("empirical fisher"),
     "empirical fisher linearized": lambda: linearized(over_samples("empirical fisher")),
+    "fisher": lambda: over_samples("fisher"),
     "hessian deflated": lambda: combine(
         lambda P, H: P @ H @ P, low_rank(26, weights=True), hessian()
     ),
@@ -292,6 +299,7 @@ OVER_DATA = {
     "hessian damped by name",
     "empirical fisher",
     "empirical fisher linearized",
+    "fisher",
 }
 
 
