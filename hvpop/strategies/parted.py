@@ -60,7 +60,8 @@ class Parted:
             duals = [forward_ad.unpack_dual(z) for z in self.outputs]
             self.outputs = [dual.primal for dual in duals]
             self.tangents = [dual.tangent for dual in duals]
-            self.loss = forward_ad.unpack_dual(self.loss).primal
+            if forward_ad.unpack_dual(self.loss).tangent is not None:
+                self.loss = forward_ad.unpack_dual(self.loss).primal
         if len(self.outputs) > 1:
             self._refuse_chains()
 
