@@ -22,7 +22,7 @@ from .operators import (
     LowRank,
     Restriction,
 )
-from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, outputs
+from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, inputs, outputs
 from .strategies import (
     Compiled,
     FiniteDifference,
@@ -62,5 +62,6 @@ __all__ = [
     "Restriction",
     "ReverseOverReverse",
     "block_diagonal",
+    "inputs",
     "outputs",
 ]

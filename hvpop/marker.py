@@ -42,6 +42,33 @@ def outputs(z: T) -> T:
     return z if _HERE.cut is None else _HERE.cut.marked(z)
 
 
+def inputs(x: T) -> T:
+    """Mark ``x`` as what a model is fed with; returns it as it is.
+
+    `HessianOperator.mixed` differentiates by what is marked. `supervised` marks by itself; a batch
+    loss of your own says where: ``loss(model(inputs(x)), y)``.
+
+    Parameters
+    ----------
+    x
+        A tensor that runs over samples along its first dimension, or tuples, lists and dicts of such.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from hvpop import EmpiricalRisk, HessianOperator, inputs
+    >>> def batch_loss(model, batch):
+    ...     return (model(inputs(batch)) ** 2).mean()
+    >>> model = torch.nn.Linear(1, 1, bias=False).double()
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> data = [torch.tensor([[1.0], [2.0]], dtype=torch.float64)]
+    >>> H = HessianOperator.from_risk(EmpiricalRisk.from_batch_loss(model, batch_loss, data))
+    >>> H.mixed().to_dense()  # d/dx of w x^2, which is 2 w x
+    tensor([[2., 4.]], dtype=torch.float64)
+    """
+    return x if _HERE.cut is None else _HERE.cut.fed(x)
+
+
 def is_cut() -> bool:
     """Whether marks count."""
     return _HERE.cut is not None
@@ -74,6 +101,7 @@ class Cutting(NamedTuple):
 
     watching: bool = False  # remember the calls of torch's loss functions
     at_calls: bool = False  # cut at what these are handed, instead of at what is marked
+    at_inputs: bool = False  # cut the model off from what it is fed with, instead
 
 
 AT_MARKS = Cutting()
@@ -84,7 +112,7 @@ class Cut(Exchange):
 
     def __init__(self, cutting: Cutting = AT_MARKS) -> None:
         super().__init__()
-        self.watching, self._at_calls = cutting
+        self.watching, self._at_calls, self._at_inputs = cutting
         self.outputs: list[Tensor] = []  # as the model has made them
         self.leaves: list[Tensor] = []  # as the loss has seen them
         self.calls: list[Call] = []
@@ -94,7 +122,11 @@ class Cut(Exchange):
         _HERE.cut = self
 
     def marked(self, z: T) -> T:
-        return z if self._at_calls else pytree.tree_map(self._handed, z)
+        elsewhere = self._at_calls or self._at_inputs
+        return z if elsewhere else pytree.tree_map(self._handed, z)
+
+    def fed(self, x: T) -> T:
+        return pytree.tree_map(self._handed, x) if self._at_inputs else x
 
     def called(self, loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Any:
         handed = self._handed(z) if self._at_calls else z

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from ..operators import LinearOperator
+from ..operators.algebra import Transposed
 from ..strategies import HVPStrategy
 from .live import Live
+from .mixed import InputRows
 
 
 class HessianOperator(Live):
@@ -45,6 +50,42 @@ class HessianOperator(Live):
     tensor([[2., 2.],
             [2., 4.]], dtype=torch.float64)
     """
+
+    def mixed(self, samples: Iterable[int] | None = None) -> LinearOperator:
+        """The derivatives of the gradient by inputs of samples, ``d2 L / dtheta dx``.
+
+        How training inputs move a minimum: to first order it follows a change ``dx`` of them by
+        ``-Inverse(H) @ H.mixed() @ dx``. Follows the live model, as the Hessian does; both products
+        are one pass over the data, by two backward passes.
+
+        Parameters
+        ----------
+        samples
+            Indices in the order of the data, each once; all by default.
+
+        Returns
+        -------
+        LinearOperator
+            Shape ``(n, entries)``: rows are those of the Hessian, columns the entries of the inputs of
+            the samples, in the order of the data, of the average over all of them.
+
+        Raises
+        ------
+        ValueError
+            For inputs that are not marked (see `inputs`) or no floating point numbers, such as tokens.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from hvpop import HessianOperator
+        >>> model = torch.nn.Linear(1, 1, bias=False).double()
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+        >>> H = HessianOperator(model, torch.nn.MSELoss(), [(x, torch.zeros_like(x))])
+        >>> H.mixed().to_dense()  # d/dx of w x^2, which is 2 w x
+        tensor([[2., 4.]], dtype=torch.float64)
+        """
+        return Transposed(InputRows.of(self.risk, samples))
 
     def _matrix(self, strategy: HVPStrategy) -> HVPStrategy:
         return strategy

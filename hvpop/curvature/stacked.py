@@ -58,7 +58,7 @@ class Stacked(LinearOperator):
         self._kept: Kept | None = None
         chosen = FirstThatWorks() if strategy is None else strategy.plain
         self.risk, self._rows, self._chosen = risk.whole(), rows, chosen
-        self.strategy = chosen.within(lambda one: ByRows(one, rows, keeps=False))
+        self.strategy = chosen.within(lambda one: self._map_of(one, keeps=False))
         point = self.risk.parameters()
         self._layout = layout_of(point)
         dtype, device = space_of(point)
@@ -77,8 +77,19 @@ class Stacked(LinearOperator):
                     data, cutting = (state, *term.data), self._rows.cutting
                     parted = Parted(term.function, point, data, cutting=cutting)
                     known[shapes] = self._rows.count(parted)
-                ends.append(ends[-1] + known[shapes])
+                ends.append(ends[-1] + self._share(known[shapes], term))
         return ends
+
+    def _share(self, count: int, term: Term) -> int:
+        """How many of the rows that a batch has are rows of this matrix."""
+        return count
+
+    def _map_of(self, strategy: HVPStrategy, *, keeps: bool) -> HVPStrategy:
+        """What makes the map of a batch, with derivatives taken by ``strategy``."""
+        return ByRows(strategy, self._rows, keeps=keeps)
+
+    _averaged = False
+    """Whether what a batch gives is multiplied by its weight, and divided by that of all."""
 
     @property
     def layout(self) -> Layout:
@@ -108,10 +119,12 @@ class Stacked(LinearOperator):
             place = self._place()
             multiply = multiplier(to_point(V, self._layout, place.point))
             found: list[Tensor] = []
+            weight = 0.0
             for piece in self._maps(place):
                 rows = multiply(piece.linear.push, self._width(V.shape[1]))[0]
-                found.append(rows.reshape(V.shape[1], -1).to(V))
-            return torch.cat(found, 1).T
+                found.append(self._counted_in(rows.reshape(V.shape[1], -1).to(V), piece.weight))
+                weight += piece.weight
+            return torch.cat(found, 1).T / self._divisor(weight)
 
         return self._finite(guarded(lambda: settled(self.strategy, product)))
 
@@ -120,14 +133,27 @@ class Stacked(LinearOperator):
             place = self._place()
             like = next(iter(place.point.values()))
             total: list[Tensor] = []
+            weight = 0.0
             for piece in self._maps(place):
                 multiply = multiplier({ROWS: U[piece.rows].T.contiguous().to(like)})
                 found = multiply(piece.linear.pull, self._width(U.shape[1]))
-                found = [t.to(working_dtype(t.dtype)) for t in found]
+                found = [
+                    self._counted_in(t.to(working_dtype(t.dtype)), piece.weight) for t in found
+                ]
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-            return from_point(total, U)
+                weight += piece.weight
+            return from_point(total, U) / self._divisor(weight)
 
         return self._finite(guarded(lambda: settled(self.strategy, product)))
+
+    def _counted_in(self, part: Tensor, weight: float) -> Tensor:
+        """What a batch adds; one that counts nothing may be no number."""
+        if not self._averaged:
+            return part
+        return weight * part if weight else torch.zeros_like(part)
+
+    def _divisor(self, weight: float) -> float:
+        return weight if self._averaged and self.risk.average.normalized else 1.0
 
     def _width(self, k: int) -> int:
         """How many columns are multiplied at once."""
@@ -195,7 +221,7 @@ class Stacked(LinearOperator):
             point = {n: p.detach().clone().requires_grad_() for n, p in live.point.items()}
             state = {name: t.detach().clone() for name, t in live.state.items()}
         frozen.risk = self.risk.frozen()
-        frozen.strategy = self._chosen.within(lambda one: ByRows(one, self._rows, keeps=True))
+        frozen.strategy = self._chosen.within(lambda one: self._map_of(one, keeps=True))
         frozen._kept = Kept(
             Place(frozen.risk, point, state),
             frozen.strategy,

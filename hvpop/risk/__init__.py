@@ -1,6 +1,6 @@
 """Risk: model, loss and data as weighted scalar functions of a dict of parameters."""
 
-from ..marker import outputs
+from ..marker import inputs, outputs
 from .averaging import BATCHES, SAMPLES, TOTAL, Average
 from .empirical import EmpiricalRisk, Term
 from .losses import autoencoder, hugging_face, supervised
@@ -14,6 +14,7 @@ __all__ = [
     "Term",
     "autoencoder",
     "hugging_face",
+    "inputs",
     "outputs",
     "supervised",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..interception import Interception
-from ..marker import called, is_cut, outputs
+from ..marker import called, inputs, is_cut, outputs
 from .batches import arrays_in
 from .normalisers import Normaliser, normaliser_of
 from .samples import samples_in
@@ -62,9 +62,9 @@ class supervised:  # noqa: N801 (used like a function)
         self.targets = targets
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        inputs, targets = self._split(batch)
+        given, targets = self._split(batch)
         try:
-            return self.loss(outputs(_applied(model, inputs)), targets)
+            return self.loss(outputs(_applied(model, given)), targets)
         except Exception as error:
             if advice := _advice(error, targets):
                 raise type(error)(f"{error}; {advice}") from error
@@ -106,13 +106,13 @@ class supervised:  # noqa: N801 (used like a function)
         return (inputs[0] if len(inputs) == 1 else inputs), targets
 
 
-def _applied(model: nn.Module, inputs: Any) -> Any:
+def _applied(model: nn.Module, given: Any) -> Any:
     """The model on inputs that are spread over its arguments, if there are several."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):
-        return model(*inputs)
-    return model(inputs)
+    if isinstance(given, Mapping):
+        return model(**{name: inputs(x) for name, x in given.items()})
+    if isinstance(given, list | tuple) and not hasattr(given, "_fields"):
+        return model(*map(inputs, given))
+    return model(inputs(given))
 
 
 class forward_only:  # noqa: N801
@@ -120,12 +120,12 @@ class forward_only:  # noqa: N801
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         if isinstance(batch, Mapping):
-            inputs: Any = {k: v for k, v in batch.items() if k != "labels"}
+            given: Any = {k: v for k, v in batch.items() if k != "labels"}
         elif isinstance(batch, tuple | list):
-            inputs = batch[:-1] if len(batch) > 1 else batch
+            given = batch[:-1] if len(batch) > 1 else batch
         else:
-            inputs = batch
-        marked = pytree.tree_leaves(outputs(_applied(model, inputs)))
+            given = batch
+        marked = pytree.tree_leaves(outputs(_applied(model, given)))
         floats = [z for z in marked if isinstance(z, Tensor) and z.is_floating_point()]
         if not floats:
             raise ValueError(f"{type(model).__name__} returned no tensor of floating point")

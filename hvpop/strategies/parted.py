@@ -54,7 +54,8 @@ class Parted:
         self.outputs, self.leaves, self.calls = cut.outputs, cut.leaves, cut.calls
         self.cutting = cutting
         if not self.outputs:
-            raise ValueError(UNCALLED if cutting.at_calls else UNMARKED)
+            unfed = UNFED if cutting.at_inputs else UNMARKED
+            raise ValueError(UNCALLED if cutting.at_calls else unfed)
         self.tangents: list[Tensor | None] = []
         if tangents is not None:
             duals = [forward_ad.unpack_dual(z) for z in self.outputs]
@@ -114,6 +115,11 @@ UNMARKED = (
     "them where they meet the loss: loss(hvpop.outputs(model(x)), y)"
 )
 
+
+UNFED = (
+    "the loss does not say which the inputs of its model are, or they are no floating point numbers; mark "
+    "them where they enter: loss(model(hvpop.inputs(x)), y)"
+)
 
 UNCALLED = (
     "the loss calls none of the loss functions of torch.nn.functional on outputs of the model, so that "
