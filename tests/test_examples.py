@@ -114,6 +114,13 @@ def test_newton_reaches_the_minimum_of_l_bfgs_with_less_work(
     assert "Newton-CG" in capsys.readouterr().out
 
 
+def test_gauss_newton_ends_where_least_squares_does(capsys: pytest.CaptureFixture[str]) -> None:
+    squares, scipys = load("gauss_newton").main()
+    assert squares == sorted(squares, reverse=True)
+    assert squares[-1] == pytest.approx(scipys, rel=1e-6)
+    assert "<400x9 JacobianOperator float64 cpu>" in capsys.readouterr().out
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     missing = [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in source]

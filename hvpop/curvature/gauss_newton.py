@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from ..strategies import HVPStrategy
-from ..strategies.through_outputs import ThroughOutputs, loss_hessian
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..marker import Cutting
+from ..risk import terms
+from ..risk.likelihoods import Softmax
+from ..strategies import HVPStrategy, ScalarFunction
+from ..strategies.parted import Parted, Tensors
+from ..strategies.referee import generic
+from ..strategies.rounding import agree, reordered, rounding
+from ..strategies.through_outputs import ThroughOutputs, Times, loss_hessian
 from .live import Live
 
 
@@ -45,4 +55,57 @@ class GaussNewtonOperator(Live):
     """
 
     def _matrix(self, strategy: HVPStrategy) -> HVPStrategy:
-        return ThroughOutputs(strategy, loss_hessian)
+        return ThroughOutputs(strategy, _LossHessian())
+
+
+class _LossHessian:
+    """``B``, the second derivative of the loss in the outputs; of a cross entropy by its probabilities."""
+
+    cutting = Cutting(watching=True)
+
+    def __init__(self) -> None:
+        self._known: ScalarFunction | None = None  # of which it was seen whether that is right
+        self._right = False
+
+    def __call__(self, parted: Parted) -> Times:
+        closed = cross_entropy_hessian(parted) if self._known == parted.fn and self._right else None
+        return loss_hessian(parted) if closed is None else closed
+
+    def prove(self, parted: Parted) -> None:
+        closed = None if self._known == parted.fn else cross_entropy_hessian(parted)
+        if closed is None:
+            return
+        s = generic({"z": parted.leaves[0]})["z"]
+        (found,), (truth,) = closed([s], None), loss_hessian(parted)([s], None)
+        if bool((truth != 0).any()):  # of nothing but ignored targets there is nothing to compare
+            self._known = parted.fn
+            self._right = agree([found], [truth], reordered(rounding([truth])))
+
+
+def cross_entropy_hessian(parted: Parted) -> Times | None:
+    """``diag(p) - p p'`` by what each target counts; None if the loss is not just that of the outputs."""
+    if len(parted.calls) != 1 or len(parted.leaves) != 1:
+        return None
+    call = parted.calls[0]
+    if (
+        call.loss is not F.cross_entropy
+        or call.value is not parted.loss
+        or call.input is not parted.leaves[0]
+        or not parted.loss.requires_grad
+    ):
+        return None
+    likelihood = Softmax(call)
+    if likelihood.refusal() is not None or likelihood.given["target"].is_floating_point():
+        return None
+    parted.refuse_beside()
+    share = terms.share(call, parted.loss)
+    if share is None:
+        return None
+    p, dim = likelihood.p, min(1, likelihood.z.ndim - 1) - likelihood.z.ndim
+    weighted = share.detach().unsqueeze(dim) * p
+
+    def times(s: Tensors, k: int | None) -> Tensors:
+        q: Tensor = weighted * s[0]
+        return [torch.addcmul(q, p, q.sum(dim, keepdim=True), value=-1)]
+
+    return times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from ..risk.empirical import Mode
 from ..risk.losses import Loss
 from ..risk.modules import Selection
 from ..strategies import Compiled, FirstThatWorks, HVPStrategy, Params, ReverseOverReverse
-from ..strategies.base import grad_enabled
+from ..strategies.base import LinearMap, grad_enabled
 from .average import DataAverage, Place
 from .joining import LiveJoin
 from .linearized import Linearized
@@ -115,17 +116,20 @@ class Live(DataAverage):
 
     def _summed(self, V: Tensor) -> WeightedSum:
         point, state = self._live()
-        multiply = multiplier(to_point(V, self.layout, point))
+        columns = to_point(V, self.layout, point)
+        make: Callable[..., LinearMap] = self.strategy.linearize
+        if V.shape[1] == 1:
+            # Each in memory of its own, or torch would copy what it takes for tangents, batch by batch.
+            columns = {name: column.clone() for name, column in columns.items()}
+            make = self.strategy.once
+        multiply = multiplier(columns)
         total = WeightedSum(self.risk.average.normalized)
         risk = self._risk_as_it_is()
         joined = self._join.terms(risk, point, state)
         with grad_enabled(), risk.place(point, state), closing(joined) as terms:
             for term in terms:
                 # No name for the map: its graph is gone before the next batch's is built.
-                total.add(
-                    multiply(self.strategy.linearize(term.function, point, state, *term.data)),
-                    term.weight,
-                )
+                total.add(multiply(make(term.function, point, state, *term.data)), term.weight)
         self.risk.refuse()
         self._passes += 1
         return total

@@ -19,6 +19,7 @@ from .results import (
     Step,
 )
 from .steihaug import steihaug
+from .woodbury import Woodbury
 
 __all__ = [
     "Direct",
@@ -32,6 +33,7 @@ __all__ = [
     "SolveResult",
     "SteihaugResult",
     "Step",
+    "Woodbury",
     "block_cg",
     "cg",
     "jacobi",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, LowRank, arguments
 from ..operators.algebra import Composite
 from . import convergence
-from .cg import cg
 from .results import SolveResult
-
-Solver = Callable[[LinearOperator, Tensor], SolveResult | Tensor]
+from .woodbury import Solver, Woodbury
 
 
 class Inverse(Composite):
@@ -23,10 +19,11 @@ class Inverse(Composite):
     ----------
     A : LinearOperator
         Square. If it follows a live model, so does the inverse; linearize for many products.
-    solve : callable
+    solve : callable, optional
         ``solve(A, B)`` for a tensor ``(n, k)`` returns a result with ``x``, or ``x`` itself. With options:
         ``functools.partial(cg, preconditioner=P, rtol=1e-8)``. `minres` where ``A`` is indefinite,
-        `Direct` where it is small, `lsmr` where it is not symmetric.
+        `Direct` where it is small, `lsmr` where it is not symmetric. By default `Woodbury`, which is direct
+        where ``A`` is a diagonal plus a low rank or a product of such, and otherwise `cg`.
 
     Warns
     -----
@@ -46,19 +43,19 @@ class Inverse(Composite):
     -1.098612
     """
 
-    def __init__(self, A: LinearOperator, solve: Solver = cg) -> None:
+    def __init__(self, A: LinearOperator, solve: Solver | None = None) -> None:
         arguments.operator("Inverse", A)
         if A.shape[0] != A.shape[1]:
             raise ValueError(
                 f"Inverse expects a square operator, got {A!r}; lsmr solves rectangular systems"
             )
-        if not callable(solve):
+        if solve is not None and not callable(solve):
             raise TypeError(
                 f"Inverse expects solve as a function of an operator and columns, such as cg, minres "
                 f"or partial(cg, rtol=1e-8), got {solve!r:.60}"
             )
         super().__init__((A,), A.shape, symmetric=A.symmetric)
-        self.solve = solve
+        self.solve = Woodbury() if solve is None else solve
 
     @property
     def operator(self) -> LinearOperator:
@@ -66,7 +63,7 @@ class Inverse(Composite):
         return self.parts[0]
 
     def logdet(self) -> float:
-        """``log det A^-1``, where the solver knows it, as `Direct` does."""
+        """``log det A^-1``, where the solver knows it, as `Direct` and `Woodbury` do."""
         logdet = getattr(self.solve, "logdet", None)
         if logdet is None:
             name = getattr(self.solve, "__name__", type(self.solve).__name__)

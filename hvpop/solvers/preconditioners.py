@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..operators import Diagonal, LinearOperator, arguments, measured
+from ..operators import Diagonal, Identity, LinearOperator, LowRank, arguments, measured
+from ..operators.algebra import Sum
 from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from . import checks
@@ -58,7 +59,7 @@ def jacobi(A: LinearOperator, samples: int = 32, *, seed: Seed = 0) -> Diagonal:
     return Diagonal(1 / d.clamp_min(smallest) / size if bool(largest > 0) else torch.ones_like(d))
 
 
-class Nystrom(LinearOperator):
+class Nystrom(Sum):
     """The inverse of ``U diag(eigenvalues) U' + damping I``, up to a factor, where U is known.
 
     On the span of ``U`` it undoes the eigenvalues; elsewhere it is the identity. Made by `nystrom`.
@@ -77,18 +78,11 @@ class Nystrom(LinearOperator):
     def __init__(
         self, eigenvalues: Tensor, eigenvectors: Tensor, damping: float, products: int
     ) -> None:
-        n = eigenvectors.shape[0]
-        super().__init__(
-            (n, n), dtype=eigenvectors.dtype, device=eigenvectors.device, symmetric=True
-        )
+        weights = (eigenvalues[-1] + damping) / (eigenvalues + damping)
+        change = LowRank(eigenvectors, weights.to(eigenvectors.dtype) - 1)
+        super().__init__(Identity.like(change), change)
         self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
         self.damping, self.products = damping, products
-        weights = (eigenvalues[-1] + damping) / (eigenvalues + damping)
-        self._change = (weights - 1).unsqueeze(1)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        U = self.eigenvectors.to(V.dtype)
-        return V + U @ (self._change.to(V.dtype) * (U.T @ V))
 
     def _label(self) -> str:
         return f"Nystrom({self.eigenvalues.shape[0]}, damping={self.damping:g})"

@@ -68,6 +68,10 @@ class HVPStrategy(ABC):
             Return products that autograd can differentiate again with respect to ``params``.
         """
 
+    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
+        """The same map where one vector is to be multiplied, and keeping anything would not pay."""
+        return self.linearize(fn, params, *args)
+
     def of(self, strategy: HVPStrategy) -> HVPStrategy:
         """What makes the same matrix, with derivatives taken by another strategy."""
         return strategy

@@ -45,6 +45,9 @@ class FirstThatWorks(HVPStrategy):
     ) -> LinearMap:
         return self.current.linearize(fn, params, *args, differentiable=differentiable)
 
+    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
+        return self.current.once(fn, params, *args)
+
     def of(self, strategy: HVPStrategy) -> HVPStrategy:
         return self.current.of(strategy)
 

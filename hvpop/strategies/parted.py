@@ -10,11 +10,13 @@ from torch.autograd import forward_ad
 
 from ..exchange import dual_level
 from ..graph import leaves_of
+from ..interception import Interception
 from ..marker import AT_MARKS, Cut, Cutting
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
 from .forward import ForwardMode, load_forward_rules
 from .referee import norm
 from .rounding import rounding
+from .tangents import TANGENTS
 
 Tensors = list[Tensor]
 
@@ -61,7 +63,8 @@ class Parted:
             duals = [forward_ad.unpack_dual(z) for z in self.outputs]
             self.outputs = [dual.primal for dual in duals]
             self.tangents = [dual.tangent for dual in duals]
-            self.loss = forward_ad.unpack_dual(self.loss).primal
+            if forward_ad.unpack_dual(self.loss).tangent is not None:
+                self.loss = forward_ad.unpack_dual(self.loss).primal
         if len(self.outputs) > 1:
             self._refuse_chains()
 
@@ -184,7 +187,7 @@ def pushed_forward(
 ) -> tuple[Parted, Tensors]:
     """A parted function, and ``J v`` by dual numbers: both from one evaluation."""
     load_forward_rules()
-    with grad_enabled(), dual_level(), ForwardMode():
+    with grad_enabled(), dual_level(), ForwardMode(), Interception(TANGENTS):
         parted = Parted(fn, params, args, v, cutting)
         tangents = [
             torch.zeros_like(z) if t is None else t.detach()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ..graph import leaves_of, nodes_of
 from ..marker import AT_MARKS, Cutting
 from .authored import NOTHING, authored, ungraded
-from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
+from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
 from .forward import ForwardOverReverse
 from .graphs import NoSecondDerivativeError, check_graph, explained
 from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
 from .referee import generic
-from .reverse import Blockwise
+from .reverse import Blockwise, ReverseOverReverse
+from .rounding import agree, nudged, reordered, rounding
 
 Times = Callable[[Tensors, int | None], Tensors]
 """``times(s, k)`` is ``B s``, of one s or of k at once."""
@@ -32,7 +34,8 @@ class ThroughOutputs(HVPStrategy):
     """``J' B J`` of a function that marks its outputs, with J by a strategy's kind of derivative.
 
     J v is the transpose of the pull-back, transposed once more, on kept graphs; by dual numbers with
-    `ForwardOverReverse`, by differences with `FiniteDifference`.
+    `ForwardOverReverse`, by differences with `FiniteDifference`. A single product is made by dual numbers,
+    too, once they have been seen to give the same for all ops of the function.
 
     Parameters
     ----------
@@ -48,6 +51,8 @@ class ThroughOutputs(HVPStrategy):
         self._tested = True
         self._known: ScalarFunction | None = None
         self._proven: frozenset[object] = NOTHING
+        self._pushed: frozenset[object] = NOTHING  # ops through which dual numbers are right
+        self._attempts = 0  # at seeing so; none is left where they have been wrong
 
     def __repr__(self) -> str:
         return repr(self.strategy)
@@ -101,11 +106,21 @@ class ThroughOutputs(HVPStrategy):
         linear.looks = self._examine(parted, linear.push, params)
         return linear
 
+    def once(self, fn: ScalarFunction, params: Params, *args: object) -> LinearMap:
+        if not self._tested or type(self.strategy) is not ReverseOverReverse:
+            return self.linearize(fn, params, *args)
+        return _Once(self, fn, params, args)
+
+    def _begin(self, fn: ScalarFunction) -> None:
+        """Forget what was seen of another function."""
+        if self._known != fn:
+            self._known, self._proven, self.batches_columns = fn, NOTHING, None
+            self._pushed, self._attempts = NOTHING, 0
+
     def _examine(self, parted: Parted, push: Push, params: Params) -> bool:
         """Whether others wrote of the graph of the outputs; refused where its derivative would be wrong."""
         fn = parted.fn
-        if self._known != fn:
-            self._known, self._proven, self.batches_columns = fn, NOTHING, None
+        self._begin(fn)
         found = frozenset().union(*(authored(fn, z) for z in parted.outputs))
         new = found - self._proven
         if new and self._tested and isinstance(push, DoublePullBack):
@@ -160,16 +175,76 @@ class _Forward(LinearMap):
         self, owner: ThroughOutputs, fn: ScalarFunction, params: Params, args: tuple[object, ...]
     ) -> None:
         self._owner, self._fn, self._params, self._args = owner, fn, params, args
+        self.passed: frozenset[object] = NOTHING  # the ops of the outputs in the last product
 
     def __call__(self, v: Params) -> Params:
         with grad_enabled(), explained(self._owner):
             parted, tangents = pushed_forward(
                 self._fn, self._params, self._args, v, self._owner.cutting
             )
+            self.passed = frozenset(node.name() for node in nodes_of(parted.outputs)).union(
+                *(authored(self._fn, z) for z in parted.outputs)
+            )
             self._owner.prove(parted)
             with parted.around():
                 product = parted.pull(self._owner.middle(parted)(tangents, None), keep=False)
         return {name: t.detach() for name, t in product.items()}
+
+
+class _Once(LinearMap):
+    """By dual numbers where these are known to be right, else by kept graphs."""
+
+    def __init__(
+        self, owner: ThroughOutputs, fn: ScalarFunction, params: Params, args: tuple[object, ...]
+    ) -> None:
+        self._owner, self._fn, self._params, self._args = owner, fn, params, args
+        owner._begin(fn)
+
+    def __call__(self, v: Params) -> Params:
+        owner, forward = self._owner, _Forward(self._owner, self._fn, self._params, self._args)
+        if owner._attempts >= ATTEMPTS:
+            return self._kept()(v)
+        try:
+            product = forward(v)
+        except Exception as error:  # whatever an op without a rule runs into
+            if out_of_memory(error):
+                raise
+            owner._attempts = ATTEMPTS
+            return self._kept()(v)
+        if forward.passed <= owner._pushed:
+            return product
+        kept = self._kept()
+        self._compare(kept, forward)
+        return kept(v)
+
+    def _kept(self, params: Params | None = None) -> LinearMap:
+        return self._owner.linearize(self._fn, params or self._params, *self._args)
+
+    def _compare(self, kept: LinearMap, forward: _Forward) -> None:
+        """Whether both give the same of each parameter, in a direction like any other."""
+        owner, w = self._owner, generic(self._params)
+        truth, found = kept(w), forward(w)
+
+        def again() -> Iterable[Tensor]:
+            return self._kept(nudged(self._params))(w).values()
+
+        if not agree(found.values(), truth.values(), reordered(rounding(truth.values())), again):
+            owner._attempts = ATTEMPTS
+        elif all(bool(truth[name].any()) for name in _reached(kept)):
+            owner._pushed |= forward.passed
+        else:  # zero against zero tells nothing
+            owner._attempts += 1
+
+
+def _reached(kept: LinearMap) -> list[str]:
+    """The parameters that the outputs depend on."""
+    assert isinstance(kept, _Kept)
+    ends = {id(leaf) for z in kept.parted.outputs for leaf in leaves_of(z)}
+    return [name for name, p in kept.parted.point.items() if id(p) in ends]
+
+
+ATTEMPTS = 3
+"""At seeing whether dual numbers are right; then graphs are kept for single products as well."""
 
 
 def loss_hessian(parted: Parted) -> Times:

@@ -28,6 +28,12 @@ from hvpop import (
     ReverseOverReverse,
     outputs,
 )
+from hvpop.curvature.gauss_newton import cross_entropy_hessian
+from hvpop.marker import Cutting
+from hvpop.risk.terms import noting
+from hvpop.strategies import Params
+from hvpop.strategies.parted import Parted
+from hvpop.strategies.through_outputs import loss_hessian
 
 from .problems import classes, error, mlp, random, set_parameters, split
 
@@ -306,3 +312,78 @@ def test_the_head_of_a_model_marks_its_logits() -> None:
     data = [{"x": x, "labels": t} for x, t in split((X, IGNORED), SIZES)]
     G = GaussNewtonOperator.from_risk(EmpiricalRisk.from_batch_loss(Headed(), hugging_face(), data))
     assert error(G.to_dense(), dense(mlp(), nn.CrossEntropyLoss(), IGNORED)) < EXACT
+
+
+# -- cross entropy ---------------------------------------------------------------------------------
+
+
+CLOSED: dict[str, tuple[nn.Module, Tensor]] = {
+    "cross entropy": (nn.CrossEntropyLoss(), LABELS),
+    "class weights": (nn.CrossEntropyLoss(weight=WEIGHTS), LABELS),
+    "both": (nn.CrossEntropyLoss(weight=WEIGHTS), IGNORED),
+    "sum": (nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum"), IGNORED),
+}
+OPEN: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+    "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.1), LABELS),
+    "probabilities": (nn.CrossEntropyLoss(), REAL.softmax(1)),
+    "a multiple": (lambda z, y: 0.5 * F.cross_entropy(z, y), LABELS),
+    "a power": (lambda z, y: F.cross_entropy(z, y) ** 2, LABELS),
+    "and more": (lambda z, y: F.cross_entropy(z, y) + z.square().mean(), LABELS),
+    "of a function": (lambda z, y: F.cross_entropy(z * 2, y), LABELS),
+    "no mean": (lambda z, y: F.cross_entropy(z, y, reduction="none").mean(), LABELS),
+}
+
+
+def parted(loss: Callable[..., Tensor], z: Tensor, y: Tensor) -> Parted:
+    """A loss whose outputs are the parameters."""
+
+    def function(params: Params, y: Tensor) -> Tensor:
+        with noting():
+            return loss(outputs(1.0 * params["z"]), y)
+
+    return Parted(function, {"z": z}, (y,), cutting=Cutting(watching=True))
+
+
+@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("tokens", [None, 4])
+def test_of_a_cross_entropy_the_hessian_in_the_outputs_is_known(
+    name: str, tokens: int | None
+) -> None:
+    loss, y = CLOSED[name]
+    z, s = random(23, 3, seed=6), random(23, 3, seed=7)
+    if tokens:  # classes come second
+        z, s = (torch.stack([t + i for i in range(tokens)], 2) for t in (z, s))
+        y = torch.stack([y] * tokens, 1)
+    at = parted(loss, z, y)
+    closed = cross_entropy_hessian(at)
+    assert closed is not None
+    (found,), (truth,) = closed([s], None), loss_hessian(at)([s], None)
+    assert float((found - truth).norm()) <= EXACT * float(truth.norm())
+    (columns,) = closed([torch.stack([s, 2 * s])], 2)
+    assert float((columns[1] - 2 * truth).norm()) <= EXACT * float(truth.norm())
+
+
+def test_of_a_single_sample_it_is_known_too() -> None:
+    at = parted(nn.CrossEntropyLoss(), random(3), torch.tensor(1))
+    closed = cross_entropy_hessian(at)
+    assert closed is not None
+    s = random(3, seed=1)
+    torch.testing.assert_close(closed([s], None)[0], loss_hessian(at)([s], None)[0])
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_of_what_is_not_just_a_cross_entropy_it_is_differentiated(name: str) -> None:
+    loss, y = OPEN[name]
+    assert cross_entropy_hessian(parted(loss, REAL, y)) is None
+
+
+def test_a_penalty_beside_a_cross_entropy_is_refused_all_the_same() -> None:
+    model = mlp()
+
+    def batch_loss(model: nn.Module, batch: Any) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(outputs(model(batch[0])), batch[1]) + penalty
+
+    risk = EmpiricalRisk.from_batch_loss(model, batch_loss, [(X, LABELS)])
+    with pytest.raises(ValueError, match="past the outputs of the model"):
+        GaussNewtonOperator.from_risk(risk) @ random(43)
