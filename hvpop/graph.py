@@ -6,13 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from . import _torch
 from .exchange import Ungraded
 
+End = Tensor | GradientEdge
+"""Where a graph begins. An edge does not hold the tensor that it is of: of a gradient, as many
+numbers as there are parameters."""
 
-def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+
+def nodes_of(ends: Iterable[End]) -> Iterator[Any]:
     """Every node of the autograd graph behind some tensors, once."""
-    stack: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    first = (end.grad_fn if isinstance(end, Tensor) else end.node for end in ends)
+    stack: list[Any] = [node for node in first if node is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
@@ -27,6 +34,18 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     """The tensors in which the graph of a loss ends."""
     found = (getattr(node, "variable", None) for node in nodes_of([loss]))
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def saved_by(ends: Iterable[End]) -> Iterator[Tensor]:
+    """The tensors that a graph keeps.
+
+    Raises
+    ------
+    LookupError
+        At a node that does not show what it keeps: of a C++ extension, of a write into a view.
+    """
+    for node in nodes_of(ends):
+        yield from _torch.saved_by(node)
 
 
 def backward(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 
 from ..exchange import dual_level
 from ..graph import leaves_of
@@ -121,7 +122,10 @@ class DoublePullBack:
             if g is not None and g.requires_grad
         }
         self._names = list(reached)
-        self.graph = [g.to_dense() if g.is_sparse else g for g in reached.values()]
+        dense = [g.to_dense() if g.is_sparse else g for g in reached.values()]
+        self.graph = [
+            get_gradient_edge(g) for g in dense
+        ]  # without the numbers, as large as parameters
 
     def __call__(self, v: Params, k: int | None = None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(self._u)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from ..graph import End
 from .authored import NOTHING, authored, hold_against_differences, refuse_hidden, ungraded
 from .base import (
     HVPStrategy,
@@ -199,7 +201,13 @@ class _DoubleBackward(Blockwise):
             n: g for n, g in zip(point, gradient, strict=True) if g is not None and g.requires_grad
         }
         self._names = list(curved)
-        self._gradient = [g.to_dense() if g.is_sparse else g for g in curved.values()]
+        # Edges hold the graph only, not the gradient itself.
+        dense = [g.to_dense() if g.is_sparse else g for g in curved.values()]
+        self._gradient = [get_gradient_edge(g) for g in dense]
+
+    @property
+    def ends(self) -> Sequence[End] | None:  # type: ignore[override]
+        return None if self.looks else self._gradient
 
     def _may_batch(self) -> bool:
         return not self._create_graph and super()._may_batch()
