@@ -87,7 +87,7 @@ def saved_by(node: Any) -> list[Tensor]:
     if isinstance(node, BackwardCFunction):
         saved = [*node.saved_tensors, *vars(node).values()]
     else:
-        kind: Hashable = type(node)
+        kind: Hashable = node.__class__
         names = _saved_names(kind)
         if names is None:
             raise LookupError(f"{type(node).__name__} does not show what it keeps")

@@ -11,6 +11,8 @@ import os
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -112,9 +114,8 @@ def _ratio(times: dict[str, list[float]]) -> float:
 
 def kept(name: str, way: str) -> dict[str, float]:
     """What stays in a process after the first products, in units of the parameters' bytes."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
     command = [sys.executable, __file__, "--kept", name, way]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -136,6 +137,9 @@ def measure(name: str, way: str) -> dict[str, float]:
 
 
 def resident() -> int:
+    """Bytes of this process in memory, once what is free has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
 
