@@ -192,7 +192,7 @@ class Preparation:
             return [[term] for term in self.terms]
         # With little memory what runs as one is not kept, and no larger than of a live product.
         least = LIVE_BYTES if join is concatenated else 0
-        limit = min(JOINED_BYTES, max(self._budget // 4, least))
+        limit = min(JOINED_BYTES, max((self._budget - self._held_bytes) // 4, least))
         groups: list[list[Term]] = []
         filled, shape = 0, None
         for term in self.terms:
