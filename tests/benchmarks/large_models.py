@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workloads import Decoder, Layer, Workload
 
 
-def resnet(batches: int = 2, samples: int = 16) -> Workload:
+def resnet(batches: int = 2, samples: int = 4) -> Workload:
     """ResNet-18 (He et al. 2016) on 32x32 images, with BatchNorm in eval mode: 11 M."""
     torch.manual_seed(0)
     blocks: list[nn.Module] = [
@@ -35,7 +35,7 @@ def resnet(batches: int = 2, samples: int = 16) -> Workload:
     return Workload("resnet", title, model.eval(), nn.CrossEntropyLoss(), data)
 
 
-def gpt(batches: int = 2, samples: int = 2) -> Workload:
+def gpt(batches: int = 2, samples: int = 1) -> Workload:
     """A decoder of 8 layers, width 512, on 128 tokens from a vocabulary of 5,000: 30 M."""
     torch.manual_seed(0)
     model = Decoder(vocabulary=5000, tokens=128, width=512, layers=8, heads=8)
@@ -48,7 +48,7 @@ def gpt(batches: int = 2, samples: int = 2) -> Workload:
     )
 
 
-def vit(batches: int = 2, samples: int = 16) -> Workload:
+def vit(batches: int = 2, samples: int = 8) -> Workload:
     """A vision transformer of 7 layers, width 192, on 32x32 images in patches of 4: 3 M."""
     torch.manual_seed(0)
     model = Transformer(width=192, layers=7, heads=3)
