@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
 from .exchange import Ungraded
@@ -14,6 +15,16 @@ from .exchange import Ungraded
 End = Tensor | GradientEdge
 """Where a graph begins. An edge does not hold the tensor that it is of: of a gradient, as many
 numbers as there are parameters."""
+
+
+def edge(tensor: Tensor) -> GradientEdge:
+    """Where the graph of a tensor begins; under grad mode, since it may take one step more.
+
+    The edge of a node in Python does not keep that alive before torch 2.7; the next node does.
+    """
+    return get_gradient_edge(
+        tensor.view_as(tensor) if isinstance(tensor.grad_fn, BackwardCFunction) else tensor
+    )
 
 
 def nodes_of(ends: Iterable[End]) -> Iterator[Any]:

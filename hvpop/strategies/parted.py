@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import get_gradient_edge
 
 from ..exchange import dual_level
-from ..graph import leaves_of
+from ..graph import edge, leaves_of
 from ..marker import Cut
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
 from .forward import ForwardMode, load_forward_rules
@@ -123,9 +122,7 @@ class DoublePullBack:
         }
         self._names = list(reached)
         dense = [g.to_dense() if g.is_sparse else g for g in reached.values()]
-        self.graph = [
-            get_gradient_edge(g) for g in dense
-        ]  # without the numbers, as large as parameters
+        self.graph = [edge(g) for g in dense]  # without the numbers, as large as parameters
 
     def __call__(self, v: Params, k: int | None = None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(self._u)

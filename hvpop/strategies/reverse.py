@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from ..graph import End
+from ..graph import End, edge
 from .authored import NOTHING, authored, hold_against_differences, refuse_hidden, ungraded
 from .base import (
     HVPStrategy,
@@ -76,7 +75,7 @@ class ReverseOverReverse(HVPStrategy):
                             loss, list(point.values()), create_graph=True, allow_unused=True
                         )
                 refuse_hidden(self, fn, point, loss)
-        linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
+            linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
         linear.looks = bool(
             self._examine(fn, params, args, linear, [loss, *(g for g in gradient if g is not None)])
         )
@@ -203,7 +202,7 @@ class _DoubleBackward(Blockwise):
         self._names = list(curved)
         # Edges hold the graph only, not the gradient itself.
         dense = [g.to_dense() if g.is_sparse else g for g in curved.values()]
-        self._gradient = [get_gradient_edge(g) for g in dense]
+        self._gradient = [edge(g) for g in dense]
 
     @property
     def ends(self) -> Sequence[End] | None:  # type: ignore[override]
