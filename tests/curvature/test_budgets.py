@@ -64,9 +64,9 @@ images = nn.Sequential(
 text = Text(), [(torch.randint(99, (16, 20)), y) for _, y in batches((1,), 16, 4)]
 found = {
     "6 M, 40 batches": kept(HessianOperator, wide, batches((1000,), 64, 40), "100MiB"),
-    "Gauss-Newton": kept(GaussNewtonOperator, wide, batches((1000,), 64, 40), "100MiB"),
-    "all of it": kept(HessianOperator, wide, batches((1000,), 512, 8), "4GiB"),
-    "images": kept(HessianOperator, images, batches((3, 32, 32), 64, 6), "300MiB"),
+    "Gauss-Newton": kept(GaussNewtonOperator, wide, batches((1000,), 16, 40), "40MiB"),
+    "all of it": kept(HessianOperator, wide, batches((1000,), 128, 4), "4GiB"),
+    "images": kept(HessianOperator, images, batches((3, 32, 32), 32, 4), "100MiB"),
     "recurrent": kept(HessianOperator, *text, "1GiB"),
 }
 print(json.dumps(found))
@@ -79,7 +79,7 @@ def measured(program: str) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=300,
+        timeout=900,
     )
     return dict(json.loads(done.stdout))
 
@@ -90,10 +90,12 @@ def kept() -> dict[str, Any]:
 
 
 @linux
-@pytest.mark.parametrize("case", ["6 M, 40 batches", "Gauss-Newton"])
-def test_a_process_keeps_no_more_than_the_budget(kept: dict[str, Any], case: str) -> None:
-    assert 0 < kept[case]["kept"] <= 40
-    assert kept[case]["process"] < 1.1 * 100 * 2**20
+@pytest.mark.parametrize(("case", "mebibytes"), [("6 M, 40 batches", 100), ("Gauss-Newton", 40)])
+def test_a_process_keeps_no_more_than_the_budget(
+    kept: dict[str, Any], case: str, mebibytes: int
+) -> None:
+    assert 0 < kept[case]["kept"] < 40
+    assert kept[case]["process"] < 1.1 * mebibytes * 2**20
 
 
 @linux
