@@ -14,7 +14,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec
 
@@ -78,6 +80,29 @@ pop_saved_tensors_hooks = _private("torch._C._autograd._pop_saved_tensors_defaul
 
 PROBE = torch.zeros(1, requires_grad=True)
 """Saved to see by which hooks; torch can tell what is on top only since 2.8."""
+
+
+def saved_by(node: Any) -> list[Tensor]:
+    """The tensors that autograd saved in a node of a graph: attributes named after them (since 1.9)."""
+    if isinstance(node, BackwardCFunction):
+        saved = [*node.saved_tensors, *vars(node).values()]
+    else:
+        kind: Hashable = node.__class__
+        names = _saved_names(kind)
+        if names is None:
+            raise LookupError(f"{type(node).__name__} does not show what it keeps")
+        saved = [getattr(node, name) for name in names]
+    lists = [s if isinstance(s, tuple | list) else (s,) for s in saved]
+    return [t for some in lists for t in some if isinstance(t, Tensor)]
+
+
+@cache
+def _saved_names(kind: Hashable) -> list[str] | None:
+    """None if tensors may be saved that no attribute shows."""
+    if getattr(kind, "__name__", "") in ("CopySlices", "CppFunction"):
+        return None
+    return [n.removeprefix("_raw") for n in dir(kind) if n.startswith("_raw_saved_")]
+
 
 exit_dual_level = _private("torch._C._exit_dual_level", _LEAVING)
 _private("torch.autograd.forward_ad._current_level", _LEAVING)

@@ -7,14 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _torch
 from .exchange import Ungraded
 
+End = Tensor | GradientEdge
+"""Where a graph begins. An edge does not hold the tensor that it is of: of a gradient, as many
+numbers as there are parameters."""
 
-def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+
+def edge(tensor: Tensor) -> GradientEdge:
+    """Where the graph of a tensor begins; under grad mode, since it may take one step more.
+
+    The edge of a node in Python does not keep that alive before torch 2.7; the next node does.
+    """
+    return get_gradient_edge(
+        tensor.view_as(tensor) if isinstance(tensor.grad_fn, BackwardCFunction) else tensor
+    )
+
+
+def nodes_of(ends: Iterable[End]) -> Iterator[Any]:
     """Every node of the autograd graph behind some tensors, once."""
-    stack: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    first = (end.grad_fn if isinstance(end, Tensor) else end.node for end in ends)
+    stack: list[Any] = [node for node in first if node is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
@@ -31,11 +48,23 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+def saved_by(ends: Iterable[End]) -> Iterator[Tensor]:
+    """The tensors that a graph keeps.
+
+    Raises
+    ------
+    LookupError
+        At a node that does not show what it keeps: of a C++ extension, of a write into a view.
+    """
+    for node in nodes_of(ends):
+        yield from _torch.saved_by(node)
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter, GradientEdge)
 
 
 def pulled(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[End],
     inputs: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     *,

@@ -37,7 +37,7 @@ class Report:
     batches: int  # of the data, as far as a pass has shown
     kept: int  # batches whose maps are kept
     parts: int  # functions that the batches are run as
-    bytes: int
+    bytes: int  # of all that is kept: the point, buffers, batches that nobody else holds, maps
     budget: int
     passes: int  # over the data as the user gave it
     products: int
@@ -187,7 +187,8 @@ class Linearized(DataAverage):
         total = WeightedSum(self.risk.average.normalized)
         for part in prepared.parts:
             # No name for a map made here: its graph is gone before the next one is built.
-            total.add(multiply(part.map or prepared.linearized(part.term), width), part.term.weight)
+            term = part.term
+            total.add(multiply(part.map or prepared.linearized(term), width), term.weight)
         for term in prepared.rest():
             total.add(multiply(prepared.linearized(term), width), term.weight)
         self.risk.refuse()

@@ -14,7 +14,7 @@ from ..risk.merging import concatenated, stacked
 from ..strategies import Compiled, HVPStrategy, LinearMap, Params
 from ..strategies.base import out_of_memory
 from .joining import LIVE_BYTES
-from .memory import bytes_of, graph_bytes
+from .memory import bytes_of, graph_bytes, map_bytes
 
 Join = Callable[[Sequence[Term]], Term | None]
 
@@ -27,9 +27,24 @@ dominate (8 batches of a 64-32-10 network: three quarters of the time); above, n
 class Part:
     """Some batches as one function, and its linear map if that is kept."""
 
-    term: Term
-    batches: int
+    group: list[Term]
+    held: Term | None  # None: put together anew for each product, as there is no room for more data
+    join: Join | None
     map: LinearMap | None
+
+    @property
+    def batches(self) -> int:
+        return len(self.group)
+
+    @property
+    def term(self) -> Term:
+        """The batches as one."""
+        if self.held is not None:
+            return self.held
+        joined = self.join(self.group) if self.join is not None else None
+        if joined is None:
+            raise RuntimeError("batches that fitted together do so no longer; build a new operator")
+        return joined
 
 
 class Preparation:
@@ -37,7 +52,7 @@ class Preparation:
 
     In order of what they save per byte: batches are held in memory (what the user holds anyway is
     free), small ones are joined, and maps are kept. The rest is read or linearized again at each
-    product.
+    product. The point and the state count, too; they are kept whatever the budget is.
     """
 
     def __init__(
@@ -47,7 +62,9 @@ class Preparation:
         self._point, self._state = point, state
         self._budget = budget
         self._graph_bytes: dict[tuple[object, ...], int] = {}
-        self._held_bytes = self._kept_bytes = 0
+        self._made: tuple[Term, LinearMap] | None = None  # a map that was made to be measured
+        self._held_bytes = bytes_of([*point.values(), *state.values()])
+        self._joined_bytes = self._kept_bytes = 0
         self._keeping = True
         self._narrowed = sys.maxsize  # columns at once, since memory has run out
         self.terms, self.complete = self._hold()
@@ -57,8 +74,8 @@ class Preparation:
 
     @property
     def bytes(self) -> int:
-        """What batches and maps hold."""
-        return self._held_bytes + self._kept_bytes
+        """What the point, batches and maps hold."""
+        return self._held_bytes + self._joined_bytes + self._kept_bytes
 
     @property
     def joined(self) -> bool:
@@ -69,29 +86,36 @@ class Preparation:
         """The ways of running batches as one that are worth trying, in order."""
         if not self.complete or self._risk.mode == "full" or len(self.terms) < 2:
             return []
-        if self._risk.is_random(self.terms[0], self._point, self._state):
-            return []  # each batch has random numbers of its own
         own_weights = self._risk.average.weight is None
-        ways = [concatenated, stacked] if own_weights else [stacked]
-        return [join for join in ways if len(self._groups(join)) < len(self.terms)]
+        known: list[Join] = [concatenated, stacked] if own_weights else [stacked]
+        ways = [join for join in known if len(self._groups(join)) < len(self.terms)]
+        if ways and self._risk.is_random(self.terms[0], self._point, self._state):
+            return []  # each batch has random numbers of its own
+        return ways
 
     def pair(self, join: Join) -> list[Term]:
-        """The first and the last of some batches that would be put together by ``join``."""
+        """The smallest two of some batches that would be put together by ``join``."""
         group = next(group for group in self._groups(join) if len(group) > 1)
-        return [group[0], group[-1]]
+        return sorted(group, key=lambda term: bytes_of(tensors_in(term.data)))[:2]
 
     def build(self, join: Join | None) -> None:
         """Linearize all batches, in groups put together by ``join``."""
         self.parts.clear()
-        self._kept_bytes = 0
+        self._joined_bytes = self._kept_bytes = 0
         for group in self._groups(join):
             joined = join(group) if join and len(group) > 1 else None
-            if joined is not None:
-                if join is concatenated:  # no larger than the graphs of its batches; spares a look
-                    self._graph_bytes[_shape(joined)] = sum(map(self._size, group))
-                self.parts.append(Part(joined, len(group), self._kept_map(joined)))
+            if joined is None:
+                self.parts += [Part([term], term, None, self._kept_map(term)) for term in group]
+                continue
+            if join is concatenated:  # no larger than the graphs of its batches; spares a look
+                self._graph_bytes[_shape(joined)] = sum(map(self._size, group))
+            size = bytes_of(tensors_in(joined.data))
+            if self.bytes + size > self._budget:
+                self.parts.append(Part(group, None, join, None))
             else:
-                self.parts += [Part(term, 1, self._kept_map(term)) for term in group]
+                self._joined_bytes += size
+                self.parts.append(Part(group, joined, join, self._kept_map(joined)))
+        self._made = None
 
     def rest(self) -> Iterator[Term]:
         """The batches that do not fit in memory, read again."""
@@ -168,7 +192,7 @@ class Preparation:
             return [[term] for term in self.terms]
         # With little memory what runs as one is not kept, and no larger than of a live product.
         least = LIVE_BYTES if join is concatenated else 0
-        limit = min(JOINED_BYTES, max(self._budget // 4, least))
+        limit = min(JOINED_BYTES, max((self._budget - self._held_bytes) // 4, least))
         groups: list[list[Term]] = []
         filled, shape = 0, None
         for term in self.terms:
@@ -191,8 +215,13 @@ class Preparation:
 
     def _kept(self, strategy: HVPStrategy, term: Term, size: int) -> LinearMap | None:
         """The map of a term, counted; None if it is larger than ``size``, and too large."""
+        made, self._made = self._made, None
         try:
-            linear = strategy.linearize(term.function, self._point, self._state, *term.data)
+            if made is not None and made[0] is term and strategy is self._strategy:
+                linear = made[1]
+            else:
+                del made
+                linear = strategy.linearize(term.function, self._point, self._state, *term.data)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -210,19 +239,30 @@ class Preparation:
         """The bytes that a term's map holds: measured once for each shape, on the plain strategy."""
         shape = _shape(term)
         if shape not in self._graph_bytes:
-            known = [*self._point.values(), *self._state.values(), *tensors_in(term.data)]
+            self._graph_bytes[shape] = self._measured(term)
+        return self._graph_bytes[shape]
+
+    def _measured(self, term: Term) -> int:
+        """The size of a map, which is not made again if it is the one that is kept."""
+        plain = self._strategy.plain
+
+        def make() -> LinearMap:
+            return plain.linearize(term.function, self._point, self._state, *term.data)
+
+        known = [*self._point.values(), *self._state.values(), *tensors_in(term.data)]
+        linear = make()
+        size = map_bytes(linear, known)
+        if size is None:
+            del linear
             try:
-                self._graph_bytes[shape] = graph_bytes(
-                    lambda: self._strategy.plain.linearize(
-                        term.function, self._point, self._state, *term.data
-                    ),
-                    known,
-                )
+                return graph_bytes(make, known)
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise
-                self._graph_bytes[shape] = self._budget + 1  # cannot be measured: never kept
-        return self._graph_bytes[shape]
+                return self._budget + 1  # cannot be measured: never kept
+        if self._made is None and plain is self._strategy:
+            self._made = term, linear
+        return size
 
 
 def _bytes_held(linear: LinearMap, graph: int) -> int:

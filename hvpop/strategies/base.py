@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..exchange import Exchange
+from ..graph import End
 
 Params = dict[str, Tensor]
 """A point, a direction or a product: parameter name -> tensor."""
@@ -27,6 +28,9 @@ class LinearMap(ABC):
 
     looks: bool = True
     """Whether a product may look at more than the map itself: at a model, say, in a hook."""
+
+    ends: Sequence[End] | None = None
+    """Where the autograd graphs begin that the map holds; None: not known, or they keep more than they show."""
 
     @abstractmethod
     def __call__(self, v: Params) -> Params:

@@ -10,11 +10,10 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from .. import _torch
-from ..graph import nodes_of
+from ..graph import End, nodes_of
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -126,14 +125,14 @@ def _why_broken(error: BaseException) -> str | None:
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def check_graph(strategy: object, tensors: Iterable[Tensor]) -> None:
+def check_graph(strategy: object, ends: Iterable[End]) -> None:
     """Refuse a loss and gradient whose graph would drop a part of the second derivative.
 
     ``autograd.grad`` raises nothing at a ``once_differentiable`` Function: the node that would
     raise leads nowhere, so the pass goes around it, and there is no such node if what arrives at
     the Function is a constant. It has to be looked for.
     """
-    for node in nodes_of(tensors):
+    for node in nodes_of(ends):
         if type(node).__name__ == "Error" or _is_once_differentiable(node):
             raise OnceDifferentiableError(
                 f"{strategy!r}: a custom autograd.Function is once_differentiable, so its second "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..exchange import dual_level
-from ..graph import leaves_of
+from ..graph import edge, leaves_of
 from ..interception import Interception
 from ..marker import AT_MARKS, Cut, Cutting
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
@@ -160,7 +160,8 @@ class DoublePullBack:
             if g is not None and g.requires_grad
         }
         self._names = list(reached)
-        self.graph = [g.to_dense() if g.is_sparse else g for g in reached.values()]
+        dense = [g.to_dense() if g.is_sparse else g for g in reached.values()]
+        self.graph = [edge(g) for g in dense]  # without the numbers, as large as parameters
 
     def __call__(self, v: Params, k: int | None = None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(self._u)

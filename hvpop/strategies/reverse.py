@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..graph import pulled
+from ..graph import End, edge, pulled
 from .authored import NOTHING, authored, hold_against_differences, refuse_hidden, ungraded
 from .base import (
     HVPStrategy,
@@ -74,7 +74,7 @@ class ReverseOverReverse(HVPStrategy):
                         one = torch.ones_like(loss)
                         gradient = pulled([loss], list(point.values()), [one], create_graph=True)
                 refuse_hidden(self, fn, point, loss)
-        linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
+            linear = _DoubleBackward(self, fn, point, gradient, args, differentiable)
         linear.looks = bool(
             self._examine(fn, params, args, linear, [loss, *(g for g in gradient if g is not None)])
         )
@@ -199,7 +199,13 @@ class _DoubleBackward(Blockwise):
             n: g for n, g in zip(point, gradient, strict=True) if g is not None and g.requires_grad
         }
         self._names = list(curved)
-        self._gradient = [g.to_dense() if g.is_sparse else g for g in curved.values()]
+        # Edges hold the graph only, not the gradient itself.
+        dense = [g.to_dense() if g.is_sparse else g for g in curved.values()]
+        self._gradient = [edge(g) for g in dense]
+
+    @property
+    def ends(self) -> Sequence[End] | None:  # type: ignore[override]
+        return None if self.looks else self._gradient
 
     def _may_batch(self) -> bool:
         return not self._create_graph and super()._may_batch()

@@ -19,8 +19,11 @@ OPS = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 class Model(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.layer: nn.RNNBase = getattr(nn, kind)(3, 4, batch_first=True)
-        self.head = nn.Linear(4, 2)
+        projected = (
+            {"proj_size": 3} if kind == "LSTM" else {}
+        )  # others have formulas, and call nothing
+        self.layer: nn.RNNBase = getattr(nn, kind)(3, 4, batch_first=True, **projected)
+        self.head = nn.Linear(projected.get("proj_size", 4), 2)
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.layer(x)[0][:, -1])

@@ -184,7 +184,7 @@ def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
 
 def _applied(input: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor | None:
     axes = len(options.stride)
-    if not (input.dim() == weight.dim() == axes + 2 and _is_ordinary(input, weight, bias)):
+    if not (input.dim() == weight.dim() == axes + 2 and is_ordinary(input, weight, bias)):
         return None
     channels = weight.shape[1] * options.groups if options.transposed else weight.shape[0]
     if bias is not None and bias.shape != (channels,):
@@ -209,7 +209,7 @@ def _pays(places: int, weight: torch.Size, groups: int, *, on_gpu: bool) -> bool
     return places >= SMALL_ON_A_GPU if on_gpu else places * prod(weight) >= SMALL
 
 
-def _is_ordinary(*tensors: Tensor | None) -> bool:
+def is_ordinary(*tensors: Tensor | None) -> bool:
     """Floating point numbers of one type, as they lie in memory, that nothing will convert."""
     given = [t for t in tensors if t is not None]
     first = given[0]
