@@ -15,6 +15,7 @@ from .operators import (
     Restriction,
 )
 from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, outputs
+from .spectrum import layerwise
 from .strategies import (
     Compiled,
     FiniteDifference,
@@ -50,5 +51,6 @@ __all__ = [
     "Restriction",
     "ReverseOverReverse",
     "block_diagonal",
+    "layerwise",
     "outputs",
 ]

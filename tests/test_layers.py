@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "hvpop"
 
 LAYERS = {
-    4: ("cli",),
+    5: ("cli",),
+    4: ("integrations", "report"),
     3: ("distributed", "functional", "plotting"),
     2: ("curvature", "solvers", "spectrum"),
     1: ("operators", "strategies", "risk"),

@@ -2,6 +2,7 @@
 
 from .blocks import block_diagonal
 from .check import CheckResult
+from .cost import Cost
 from .gauss_newton import GaussNewtonOperator
 from .hessian import HessianOperator
 from .linearized import Linearized, Report
@@ -11,6 +12,7 @@ LinearizedHessian = Linearized
 
 __all__ = [
     "CheckResult",
+    "Cost",
     "GaussNewtonOperator",
     "HessianOperator",
     "LinearizedHessian",

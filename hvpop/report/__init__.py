@@ -1,0 +1,6 @@
+"""An operator examined as a whole: numbers with their errors, as data, as a page, compared."""
+
+from .analysis import PARTS, Analysis, analyze
+from .comparison import Comparison, Row, compare
+
+__all__ = ["PARTS", "Analysis", "Comparison", "Row", "analyze", "compare"]
