@@ -9,6 +9,7 @@ KERNELS := kernels-sse42 kernels-avx2 kernels-any-cpu kernels-threads
 
 demo: .venv/examples
 	$(BIN)/python examples/digits.py
+	$(BIN)/hvpop demo -o output/hvpop-demo.html
 
 test: .venv/dev
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The commands: ``check``, ``spectrum``, ``compare``."""
+"""The commands: ``check``, ``spectrum``, ``report``, ``compare``, ``demo``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 import typer
 
 from ..operators import LinearOperator
-from ..report import Analysis, analyze
+from ..report import PARTS, Analysis, analyze, render
 from ..report import compare as compared
+from .demo import digits
 from .target import MATRICES, UsageError, function_of, operator_of, users_code
 from .words import shown
 
@@ -74,6 +75,7 @@ Budget = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Machine-readable, the same bytes from equal runs.")
 ]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The page to write.")]
 
 
 @app.command()
@@ -131,6 +133,27 @@ def spectrum(
 
 
 @app.command()
+def report(
+    target: Target,
+    output: Output = Path("report.html"),
+    matrix: MatrixOption = None,
+    params: Params = None,
+    k: K = 5,
+    which: Annotated[Which, typer.Option("--which", help="As for spectrum.")] = Which.BE,  # type: ignore[attr-defined]
+    data_batches: DataBatches = None,
+    device: Device = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+    max_products: Budget = None,
+    checkpoint: CheckpointFolder = None,
+    as_json: Json = False,
+) -> None:
+    """All there is to know, as one HTML file without scripts; with --json on stdout, too."""
+    H = _operator(target, matrix, params, data_batches, device, weights, seed)
+    _report(H, output, k, which.value, max_products, seed, checkpoint, as_json)
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="What --json wrote.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
@@ -140,9 +163,24 @@ def compare(
     try:
         found = compared(*(json.loads(path.read_text(encoding="utf-8")) for path in (a, b)))
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        _usage(f"compare expects two files that `hvpop spectrum --json` wrote: {error}")
+        _usage(
+            f"compare expects two files that `hvpop spectrum --json` or `hvpop report --json` wrote: {error}"
+        )
     _print_json(found.as_dict()) if as_json else print(found)
     raise typer.Exit(FINDING if found.differing else FINE)
+
+
+@app.command()
+def demo(
+    output: Output = Path("hvpop-demo.html"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small network on handwritten digits, and report on its Hessian."""
+    _tell("training a 64-16-10 network on handwritten digits, on the CPU")
+    with _usage_errors():
+        H = operator_of(digits(seed), target="hvpop demo", seed=seed)
+    _report(H, output, 5, "BE", None, seed, None, as_json)
 
 
 # -- what they share ------------------------------------------------------------------------------
@@ -193,6 +231,25 @@ def _analysis(
             H, k=k, which=which, parts=parts, max_products=max_products, seed=seed,
             progress=sys.stderr.isatty(), checkpoint=checkpoint, cost=cost,
         )  # fmt: skip
+
+
+def _report(
+    H: LinearOperator,
+    output: Path,
+    k: int,
+    which: str,
+    max_products: int | None,
+    seed: int,
+    checkpoint: Path | None,
+    as_json: bool,
+) -> None:
+    if not output.parent.is_dir():
+        _usage(f"--output expects a path in a folder that exists, got {output}")
+    found = _analysis(H, k, which, PARTS, max_products, seed, checkpoint)
+    output.write_text(render(found, command=_command()), encoding="utf-8")
+    _tell(f"wrote {output}")
+    _print_json(found.as_dict()) if as_json else print(shown(found))
+    _end(found, checkpoint)
 
 
 def _needs(H: LinearOperator, method: str) -> Callable[[], Any]:

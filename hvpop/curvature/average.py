@@ -130,7 +130,7 @@ class DataAverage(LinearOperator):
         return guarded(lambda: check(self, batches))
 
     def cost(self) -> Cost:
-        """What products take: passes, memory that may be kept, seconds; costs two products and a pass.
+        """What products take: passes, memory that may be kept, seconds; costs three products and a pass.
 
         Examples
         --------

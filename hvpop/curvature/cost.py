@@ -16,7 +16,7 @@ from ..risk import EmpiricalRisk, Term
 from ..risk.batches import tensors_in
 from ..strategies import HVPStrategy, Params
 from ..strategies.base import grad_enabled
-from .memory import budget_in_bytes, bytes_of, graph_bytes
+from .memory import budget_in_bytes, graph_bytes
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Cost:
         return products * self.seconds
 
     def __str__(self) -> str:
-        kept = "not known" if self.kept_bytes is None else _bytes(self.kept_bytes)
+        kept = "not known" if self.kept_bytes is None else in_bytes(self.kept_bytes)
         fits = "all of it fits" if self.fits else "not all of it fits"
         batches = "one batch" if self.batches == 1 else f"{self.batches} batches"
         return (
             f"{counted(self.parameters, 'parameter')}; a pass over the data reads {batches} of together "
-            f"{_bytes(self.data_bytes)}\n"
-            f"a product is a pass, of {_seconds(self.seconds)}; 100 products take at most "
-            f"{_seconds(self.estimate(100))}\n"
-            f"memory to keep what products share: {kept} of {_bytes(self.budget)} allowed, {fits}; "
-            f"a vector: {_bytes(self.vector_bytes)}"
+            f"{in_bytes(self.data_bytes)}\n"
+            f"a product is a pass, of {in_time(self.seconds)}; 100 products take at most "
+            f"{in_time(self.estimate(100))}\n"
+            f"memory to keep what products share: {kept} of {in_bytes(self.budget)} allowed, {fits}; "
+            f"a vector: {in_bytes(self.vector_bytes)}"
         )
 
 
@@ -74,7 +74,7 @@ def cost(
             if shape not in measured and len(measured) < 2:
                 known = [*point.values(), *state.values(), *tensors]
                 measured[shape] = _graph(strategy, term, point, state, known)
-            size = bytes_of(tensors)
+            size = sum(t.nbytes for t in tensors)  # not of what they may be views of
             held += size
             sizes.append((size, measured.get(shape)))
     kept = _extrapolated(sizes)
@@ -85,10 +85,10 @@ def cost(
 
 
 def timed(A: LinearOperator, n: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a product: the second one, if the first, which may prepare, was short."""
+    """Seconds of a product: of the third one if the first two, which may prepare, were short."""
     v = torch.ones(n, dtype=working_dtype(dtype), device=device)
     seconds = 0.0
-    for _ in range(2):
+    for _ in range(3):
         start = time.perf_counter()
         float((A @ v).sum())
         seconds = time.perf_counter() - start
@@ -122,7 +122,7 @@ def _extrapolated(sizes: list[tuple[int, int | None]]) -> int | None:
     return int(sum(ratio * data if graph is None else graph for data, graph in sizes))
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"
@@ -130,7 +130,7 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
-def _seconds(seconds: float) -> str:
+def in_time(seconds: float) -> str:
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 120:

@@ -2,5 +2,6 @@
 
 from .analysis import PARTS, Analysis, analyze
 from .comparison import Comparison, Row, compare
+from .page import render
 
-__all__ = ["PARTS", "Analysis", "Comparison", "Row", "analyze", "compare"]
+__all__ = ["PARTS", "Analysis", "Comparison", "Row", "analyze", "compare", "render"]

@@ -51,6 +51,7 @@ class Analysis:
     cost: Cost | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)  # of each part
     products: Mapping[str, int] = field(default_factory=dict)
+    kept: str = ""  # what the linearized operator kept and cost, in words
     interrupted: bool = False
     skipped: Mapping[str, str] = field(
         default_factory=dict
@@ -60,7 +61,9 @@ class Analysis:
     def condition(self) -> float | None:
         """The largest over the smallest eigenvalue, where all are positive and both ends are known."""
         found = self.eigenvalues
-        if found is None or self.which != "BE" or found.status != "converged" or self.k < 2:
+        if found is None or self.which != "BE" or found.status != "converged":
+            return None
+        if found.eigenvalues.shape[0] < min(2, self.parameters):
             return None
         low, high = found.eigenvalues[0].item(), found.eigenvalues[-1].item()
         certain = low - found.residuals[0].item() > 0
@@ -203,7 +206,7 @@ def analyze(
         state = replace(state, **{part: found}, seconds=seconds, products=counted)
         if getattr(found, "status", None) == "interrupted":
             return replace(state, interrupted=True)
-    return state
+    return replace(state, kept=str(A.report()))
 
 
 def _lacking(H: LinearOperator) -> dict[str, str]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from math import hypot, inf
 from typing import Any
 
+ROUNDING = 1e-6
+"""Relative, what float32 may make of equal numbers; of a share, absolute."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -21,7 +24,7 @@ class Row:
     @property
     def differs(self) -> bool:
         """Whether they are further apart than errors explain, rounding included."""
-        rounding = 1e-6 * max(abs(self.a), abs(self.b))
+        rounding = ROUNDING * max(abs(self.a), abs(self.b))
         return abs(self.b - self.a) > hypot(self.error_a, self.error_b) + rounding
 
     @property
@@ -124,7 +127,10 @@ def _numbers(given: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float
         for i, layer in enumerate(layers["names"]):
             yield f"{layer}: trace", (layers["trace"][i], 2 * layers["trace_error"][i])
             yield f"{layer}: largest", (layers["largest"][i], layers["residual"][i])
-            yield f"{layer}: negative", (layers["negative"][i], 2 * layers["negative_error"][i])
+            yield (
+                f"{layer}: negative",
+                (layers["negative"][i], 2 * layers["negative_error"][i] + ROUNDING),
+            )
 
 
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -28,7 +28,7 @@ class Layerwise:
     largest: Tensor  # (layers,), the largest eigenvalue of the layer's block
     residual: Tensor  # (layers,), the norm of its residual
     negative: Tensor  # (layers,), the sum of |negative eigenvalues| over the sum of |eigenvalues|
-    negative_error: Tensor  # (layers,), standard errors; zero where all eigenvalues are known
+    negative_error: Tensor  # (layers,); zero where all eigenvalues are known
     products: int  # with a block and one vector
     status: Status
 
@@ -89,7 +89,8 @@ def layerwise(
     A layer is a module, all parameters of which make one diagonal block; blocks of a `HessianOperator`
     differentiate in these parameters only, those of other operators are cut out of whole products.
     What couples layers is in none of them. The negative share is by stochastic Lanczos quadrature
-    (Lin, Saad and Yang 2016), whose nodes may lie on both sides of eigenvalues close to zero.
+    (Lin, Saad and Yang 2016); its error is the standard error of the probes and the weight of
+    the nodes next to zero, which stand for eigenvalues of both signs.
 
     Cost: up to ``3 max_products`` products a layer; memory: that of the functions it calls, for the
     largest layer.
@@ -180,19 +181,30 @@ def _cut(S: Restriction, A: LinearOperator) -> LinearOperator:
 
 
 def _negative(density: Density) -> tuple[float, float]:
-    """The negative share of ``sum |lambda|`` over the probes, and its standard error by their spread."""
-    sizes = density.nodes.abs() * density.weights
-    negative = torch.where(density.nodes < 0, sizes, 0.0).sum(0)
-    total = sizes.sum(0)
-    whole = float(total.sum())
+    """The negative share of ``sum |lambda|`` over the probes, and its error.
+
+    The share is a ratio of forms ``z' g(A) z`` of random unit vectors, whose variance the quadrature
+    tells (see `spectral_density`): a few probes' spread would not. To it comes what the nodes next to
+    zero weigh, each of which stands for eigenvalues on both sides of it.
+    """
+    nodes, weights, n = density.nodes, density.weights, density.order
+    probes = nodes.shape[1]
+    below, sizes = nodes < 0, nodes.abs() * weights
+    whole = float(sizes.sum())
     if whole == 0.0:
         return 0.0, 0.0
-    share = float(negative.sum()) / whole
-    probes = total.shape[0]
-    if density.nodes.shape[0] >= density.order or probes < 2:
+    share = float(sizes[below].sum()) / whole
+    if nodes.shape[0] >= n:
         return share, 0.0
-    rest = (negative - share * total) / total.mean()  # of a ratio of sums (Cochran 1977)
-    return share, float(rest.square().sum().sqrt()) / (probes * (probes - 1)) ** 0.5
+    rest = nodes.abs() * (below.double() - share)  # of a ratio of sums (Cochran 1977): of mean zero
+    variance = 2 / (n + 2) * float((weights * rest.square()).sum()) / probes**2
+    doubtful = 0.0
+    for side in (below, ~below):
+        nearest = torch.where(side, nodes.abs(), torch.inf).min(0)
+        doubtful += float(
+            sizes.gather(0, nearest.indices[None])[0][nearest.values.isfinite()].sum()
+        )
+    return share, variance**0.5 * probes / whole + doubtful / whole
 
 
 def _bar(

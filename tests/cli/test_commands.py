@@ -214,3 +214,12 @@ def test_an_interrupt_gives_what_there_is_and_says_how_to_go_on(
     assert "eigenvalues (LA): converged" in result.stdout
     assert "to go on from where it stopped" in result.stderr
     assert Path("states/eigenvalues.pt").exists()
+
+
+def test_report_writes_a_page_and_the_demo_needs_nothing(target: str, tmp_path: Path) -> None:
+    result = hvpop("report", target, "-o", "page.html", "--k", "1", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["which"] == "BE"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;26x26 HessianOperator float64 cpu&gt;" in page
+    assert hvpop("report", target, "-o", "nowhere/page.html").exit_code == 2
