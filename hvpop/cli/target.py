@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..curvature import GaussNewtonOperator, HessianOperator
+from ..curvature import FisherOperator, GaussNewtonOperator, HessianOperator
 from ..curvature.live import Live
 from ..operators import LinearOperator
 from ..risk import EmpiricalRisk, autoencoder, hugging_face, supervised
@@ -24,7 +24,11 @@ EXPECTED = (
     "(model, loss, data), an EmpiricalRisk or an operator"
 )
 
-MATRICES: dict[str, type[Live]] = {"hessian": HessianOperator, "gauss-newton": GaussNewtonOperator}
+MATRICES: dict[str, type[Live]] = {
+    "hessian": HessianOperator,
+    "gauss-newton": GaussNewtonOperator,
+    "fisher": FisherOperator,
+}
 
 
 class UsageError(Exception):

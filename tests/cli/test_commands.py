@@ -146,6 +146,8 @@ def test_what_cannot_be_is_wrong_usage(target: str, options: list[str], says: st
 def test_options_choose_the_matrix_the_parameters_and_the_data(target: str) -> None:
     shown = hvpop("spectrum", target, "--matrix", "gauss-newton", "--params", "0.*").stdout
     assert shown.startswith("<16x16 GaussNewtonOperator float64 cpu>")
+    fisher = hvpop("spectrum", target, "--matrix", "fisher", "--k", "1")
+    assert fisher.stdout.startswith("<26x26 FisherOperator float64 cpu>")
     one = json.loads(hvpop("spectrum", target, "--data-batches", "1", "--json").stdout)
     H = reference()
     first = HessianOperator(H.risk.model, nn.CrossEntropyLoss(), list(H.risk._data)[:1])
