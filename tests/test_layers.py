@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "hvpop"
 LAYERS = {
     5: ("cli",),
     4: ("integrations", "report"),
-    3: ("distributed", "functional", "plotting"),
+    3: ("distributed", "functional", "plotting", "testing"),
     2: ("curvature", "solvers", "spectrum"),
     1: ("operators", "strategies", "risk"),
     0: ("graph", "interception", "marker"),

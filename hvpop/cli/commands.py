@@ -14,11 +14,12 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
+from ..curvature.kinds import MATRICES
 from ..operators import LinearOperator
 from ..report import PARTS, Analysis, analyze, render
 from ..report import compare as compared
 from .demo import digits
-from .target import MATRICES, UsageError, function_of, operator_of, users_code
+from .target import UsageError, function_of, operator_of, users_code
 from .words import shown
 
 FINE, FINDING, USAGE, INTERRUPTED = 0, 1, 2, 130

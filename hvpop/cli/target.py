@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..curvature import FisherOperator, GaussNewtonOperator, HessianOperator
+from ..curvature import kinds
 from ..curvature.live import Live
 from ..operators import LinearOperator
 from ..risk import EmpiricalRisk, autoencoder, hugging_face, supervised
@@ -23,12 +23,6 @@ EXPECTED = (
     "TARGET is package.module:function or file.py:function, a function without arguments that returns "
     "(model, loss, data), an EmpiricalRisk or an operator"
 )
-
-MATRICES: dict[str, type[Live]] = {
-    "hessian": HessianOperator,
-    "gauss-newton": GaussNewtonOperator,
-    "fisher": FisherOperator,
-}
 
 
 class UsageError(Exception):
@@ -125,7 +119,7 @@ def operator_of(
                 f"{target} returns an operator, which {given[0]} cannot change; return (model, loss, data)"
             )
         return made if params is None else _block(made, params)
-    kind = _matrix(matrix or "hessian")
+    kind = kinds.matrix(matrix or "hessian")
     if isinstance(made, EmpiricalRisk):
         if batches is not None:
             raise UsageError(
@@ -148,12 +142,6 @@ def operator_of(
     own = isinstance(loss, supervised | autoencoder | hugging_face)
     build = EmpiricalRisk.from_batch_loss if own else EmpiricalRisk
     return kind.from_risk(build(model, loss, data, params=params, seed=seed))
-
-
-def _matrix(name: str) -> type[Live]:
-    if name not in MATRICES:
-        raise UsageError(f"--matrix is one of {', '.join(MATRICES)}, got {name}")
-    return MATRICES[name]
 
 
 def _block(H: LinearOperator, params: list[str]) -> LinearOperator:
