@@ -123,6 +123,7 @@ def check_operator(A: LinearOperator, matrix: Tensor | None = None, *, seed: int
     ...     def _apply(self, V):
     ...         return V.mul_(2)  # writes to its operand
     >>> check_operator(Twice((3, 3), dtype=torch.float64, device="cpu", symmetric=True))
+    ... # doctest: +ELLIPSIS
     Traceback (most recent call last):
     AssertionError: <3x3 Twice float64 cpu> breaks ...
     """
