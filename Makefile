@@ -64,8 +64,10 @@ bench: .venv/peers
 sweep: .venv/sweep
 	$(BIN)/python -m tests.sweep.run
 
+# The site, offline, in docs/_build/html; its links are followed.
 docs: .venv/dev
-	$(BIN)/python -m pytest tests/test_documentation.py
+	$(BIN)/python -m sphinx --quiet --keep-going -W -b html docs docs/_build/html
+	$(BIN)/python -m tests.site docs/_build/html
 
 clean:
 	rm -rf .venv output dist docs/_build docs/gallery
