@@ -6,6 +6,7 @@ checks of their own, which it would have cut into cells.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,11 +22,10 @@ project = "hvpop"
 author = copyright = "The hvpop developers"
 version = release = hvpop.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["myst.header"]
 
 default_role = "py:obj"
 autodoc_typehints = "none"  # docstrings say what arguments are, in words
@@ -44,7 +44,15 @@ def rewritten(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = gallery.LINK.sub(r"](gallery/\1.md)", source[0])
 
 
+def escaped(
+    app: Sphinx, kind: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Sizes, ``|x|``, are no substitutions."""
+    lines[:] = [re.sub(r"(?<!`)\|(\w+)\|", r"\\|\1\\|", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     """Make the gallery before the pages are read."""
     gallery.make(HERE.parent / "examples", HERE / "gallery")
     app.connect("source-read", rewritten)
+    app.connect("autodoc-process-docstring", escaped)
