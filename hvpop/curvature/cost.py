@@ -124,7 +124,7 @@ def _extrapolated(sizes: list[tuple[int, int | None]]) -> int | None:
 
 def in_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
+        if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"

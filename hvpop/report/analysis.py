@@ -70,6 +70,14 @@ class Analysis:
         return high / low if certain else None
 
     @property
+    def spectral_norm(self) -> float | None:
+        """The largest size of an eigenvalue, where the ends that have it are known."""
+        found = self.eigenvalues
+        if found is None or self.which not in ("BE", "LM") or found.eigenvalues.numel() == 0:
+            return None
+        return float(found.eigenvalues.abs().max())
+
+    @property
     def findings(self) -> tuple[str, ...]:
         """What somebody should look at, in a line each; empty if all is as it should be."""
         found = []
@@ -96,6 +104,7 @@ class Analysis:
             "which": self.which,
             "seed": self.seed,
             **parts,
+            "spectral_norm": self.spectral_norm,
             "condition": self.condition,
             "products": dict(self.products),
             "findings": list(self.findings),

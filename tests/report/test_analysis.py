@@ -20,6 +20,7 @@ def test_every_part_is_what_its_function_gives() -> None:
     pairs = eigsh(A, 4, "BE", seed=1, data_error=True)
     assert torch.equal(found.eigenvalues.eigenvalues, pairs.eigenvalues)
     assert torch.equal(found.eigenvalues.data_errors, pairs.data_errors)
+    assert found.spectral_norm == pairs.eigenvalues.abs().max().item()
     assert found.trace == trace(A, seed=1, data_error=True)
     assert found.norm == frobenius_norm(A, seed=1)
     assert found.density is not None

@@ -66,7 +66,8 @@ def test_every_number_of_the_page_is_that_of_the_analysis() -> None:
 
 def test_the_page_holds_all_that_was_found() -> None:
     names = {of.partition(".")[0] for of, _, _ in Numbers(render(analysis())).found}
-    assert names == {"eigenvalues", "trace", "norm", "density", "layers", "products"}
+    parts = {"eigenvalues", "trace", "norm", "spectral_norm", "density", "layers", "products"}
+    assert names == parts
 
 
 def test_it_is_one_small_file_without_scripts_that_loads_nothing() -> None:
