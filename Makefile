@@ -5,10 +5,11 @@ NEWEST ?= 2.14.1
 
 KERNELS := kernels-sse42 kernels-avx2 kernels-any-cpu kernels-threads
 
-.PHONY: demo test lint bench sweep docs clean matrix newest kernels $(KERNELS)
+.PHONY: demo test lint release bench sweep docs clean matrix newest kernels $(KERNELS)
 
 demo: .venv/examples
 	$(BIN)/python examples/digits.py
+	$(BIN)/hvpop demo -o output/hvpop-demo.html
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -50,17 +51,26 @@ matrix: .venv/dev
 newest: .venv/newest/done
 	.venv/newest/bin/python -m pytest tests/strategies tests/risk tests/zoo tests/test_torch_names.py
 
+# Wheel and sdist, built, checked, and each installed by itself (tests/release.py).
+release: .venv/dev
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.release dist
+
 bench: .venv/peers
 	$(BIN)/python tests/benchmarks/run.py
 
 sweep: .venv/sweep
 	$(BIN)/python -m tests.sweep.run
 
+# The site, offline, in docs/_build/html; its links are followed.
 docs: .venv/dev
-	$(BIN)/python -m pytest tests/test_documentation.py
+	$(BIN)/python -m sphinx --quiet --keep-going -W -b html docs docs/_build/html
+	$(BIN)/python -m tests.site docs/_build/html
 
 clean:
-	rm -rf .venv output
+	rm -rf .venv output dist docs/_build docs/gallery
 
 .venv/newest/done: pyproject.toml .venv/dev
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -23,6 +23,7 @@ from .operators import (
     Restriction,
 )
 from .risk import BATCHES, SAMPLES, TOTAL, Average, EmpiricalRisk, inputs, outputs
+from .spectrum import layerwise
 from .strategies import (
     Compiled,
     FiniteDifference,
@@ -31,7 +32,7 @@ from .strategies import (
     ReverseOverReverse,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BATCHES",
@@ -63,5 +64,6 @@ __all__ = [
     "ReverseOverReverse",
     "block_diagonal",
     "inputs",
+    "layerwise",
     "outputs",
 ]

@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 
 import hvpop
-from hvpop import curvature, functional, plotting, risk, solvers, spectrum, strategies
+from hvpop import (
+    curvature,
+    functional,
+    integrations,
+    plotting,
+    report,
+    risk,
+    solvers,
+    spectrum,
+    strategies,
+    testing,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -36,6 +47,7 @@ WITHOUT_DOCSTRING = {
     "BATCHES": "An `Average`: every batch counts alike.",
     "SAMPLES": "An `Average`, the default: batches count by what their mean loss divides by.",
     "TOTAL": "An `Average`: the sum of the batch losses, not divided.",
+    "PARTS": "What `analyze` can find out, in the order in which it does.",
     "Params": "A dict of tensors by parameter name: a point, or a direction.",
     "ScalarFunction": "A function of `Params` and data that returns a scalar.",
 }
@@ -49,6 +61,9 @@ PACKAGES: dict[ModuleType, str] = {
     risk: "[Model, loss and data](concepts.md) as weighted scalar functions.",
     curvature: "What `HessianOperator` returns.",
     functional: "Hessian-vector products as plain functions.",
+    report: "An operator examined as a whole; what the [command line](cli.md) shows.",
+    integrations: "[In training loops](training.md): for own ones, and for Trainers by `.hugging_face` and `.lightning`.",
+    testing: "For tests of operators of your own.",
 }
 
 

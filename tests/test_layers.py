@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "hvpop"
 
 LAYERS = {
-    4: ("cli",),
-    3: ("distributed", "functional", "plotting"),
+    5: ("cli",),
+    4: ("integrations", "report"),
+    3: ("distributed", "functional", "plotting", "testing"),
     2: ("curvature", "solvers", "spectrum"),
     1: ("operators", "strategies", "risk"),
     0: ("graph", "interception", "marker"),

@@ -2,6 +2,7 @@
 
 from .blocks import block_diagonal
 from .check import CheckResult
+from .cost import Cost
 from .empirical_fisher import EmpiricalFisherOperator
 from .fisher import FisherOperator
 from .gauss_newton import GaussNewtonOperator
@@ -15,6 +16,7 @@ LinearizedHessian = Linearized
 
 __all__ = [
     "CheckResult",
+    "Cost",
     "EmpiricalFisherOperator",
     "FisherOperator",
     "GaussNewtonOperator",

@@ -20,6 +20,7 @@ from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
 from .blocks import picked
 from .check import CheckResult, check
+from .cost import Cost, cost, timed
 from .diagnosis import culprit
 from .forms import batch_forms
 from .space import WeightedSum, from_point, layout_of, scale_of, space_of, to_point
@@ -127,6 +128,27 @@ class DataAverage(LinearOperator):
         'healthy'
         """
         return guarded(lambda: check(self, batches))
+
+    def cost(self) -> Cost:
+        """What products take: passes, memory that may be kept, seconds; costs three products and a pass.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from hvpop import HessianOperator
+        >>> data = [(torch.ones(4, 2), torch.ones(4, 1))]
+        >>> cost = HessianOperator(torch.nn.Linear(2, 1), torch.nn.MSELoss(), data).cost()
+        >>> cost.parameters, cost.batches, cost.fits
+        (3, 1, True)
+        """
+        seconds = timed(self, self.shape[1], self.torch_dtype, self.device)
+        risk, point, state = self._place()
+        told = guarded(
+            lambda: cost(
+                self.shape[1], self.torch_dtype, self.device, risk, self.strategy, point, state
+            )
+        )
+        return replace(told, seconds=seconds)
 
     # -- products ---------------------------------------------------------------------------------
 

@@ -98,11 +98,9 @@ def cross_entropy_hessian(parted: Parted) -> Times | None:
     if likelihood.refusal() is not None or likelihood.given["target"].is_floating_point():
         return None
     parted.refuse_beside()
-    share = terms.share(call, parted.loss)
-    if share is None:
-        return None
+    share = terms.shares(call, torch.ones_like(parted.loss))
     p, dim = likelihood.p, min(1, likelihood.z.ndim - 1) - likelihood.z.ndim
-    weighted = share.detach().unsqueeze(dim) * p
+    weighted = share.unsqueeze(dim) * p
 
     def times(s: Tensors, k: int | None) -> Tensors:
         q: Tensor = weighted * s[0]

@@ -3,6 +3,7 @@
 from .density import spectral_density
 from .diagonal import diagonal
 from .eigsh import eigsh
+from .layers import Layerwise, layerwise
 from .logdet import logdet
 from .norms import frobenius_norm, spectral_norm
 from .results import Density, DiagonalEstimate, Eigenpairs, Estimate
@@ -13,9 +14,11 @@ __all__ = [
     "DiagonalEstimate",
     "Eigenpairs",
     "Estimate",
+    "Layerwise",
     "diagonal",
     "eigsh",
     "frobenius_norm",
+    "layerwise",
     "logdet",
     "spectral_density",
     "spectral_norm",

@@ -1,0 +1,5 @@
+"""``python -m hvpop.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,1 @@
+"""Curvature in training loops."""

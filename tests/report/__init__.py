@@ -1,0 +1,1 @@
+"""Analyses, as data, as a page, compared."""
