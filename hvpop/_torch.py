@@ -228,3 +228,12 @@ unwrap_dead_wrappers: Any = getattr(functorch_utils, "unwrap_dead_wrappers", Non
 eager_transforms = import_module("torch._functorch.eager_transforms")
 wrap_for_grad: Any = getattr(eager_transforms, "_wrap_for_grad", None)
 """Called by `torch.func.grad` with what it differentiates by."""
+
+
+# --- several processes -------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """The store that torch.distributed was initialized with (since 1.0); it has no public getter."""
+    name = "torch.distributed.distributed_c10d._get_default_store"
+    return _private(name, "to let processes leave words for each other")()

@@ -98,6 +98,11 @@ class Live(DataAverage):
         part._begin(self.risk.restricted(params), self.strategy)
         return part
 
+    def on_shard(self, rank: int, ranks: int) -> Self:
+        part = copy.copy(self)
+        part._begin(self.risk.on_shard(rank, ranks), self.strategy)
+        return part
+
     def _label(self) -> str:
         usual = repr(self.strategy) == "ReverseOverReverse()"
         name = type(self).__name__

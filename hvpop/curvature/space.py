@@ -34,6 +34,16 @@ class WeightedSum:
             _torch.foreach_add_(self._sum, tensors, alpha=weight)
         self._weight += weight
 
+    @property
+    def weight(self) -> float:
+        """``sum_b w_b``."""
+        return self._weight
+
+    def undivided(self) -> list[Tensor]:
+        """``sum_b w_b x_b``; empty before the first term."""
+        self._begin()
+        return self._sum
+
     def result(self) -> list[Tensor]:
         """The average, or the sum if it is not normalized."""
         if self._normalized and self._weight == 0.0:

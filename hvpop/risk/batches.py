@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,10 @@ from torch.utils.data import (
 from ..exchange import Exchange
 from .fingerprint import sums
 from .randomness import private_rng
+
+
+class NoDataError(ValueError):
+    """There is no batch, or none that counts."""
 
 
 class Batches:
@@ -48,7 +53,7 @@ class Batches:
         """Whether the user holds all batches."""
         return isinstance(self._data, list | tuple)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         if self._one_shot:
             with private_rng(self._seed):
                 self._data, self._one_shot = list(self._data), False
@@ -62,10 +67,16 @@ class Batches:
             count += 1
             yield batch
         if count == 0:
-            raise ValueError(
+            raise NoDataError(
                 f"the data ({type(self._data).__name__}) yielded no batch; an iterator that was "
                 "used before is empty: pass a list of batches or a DataLoader"
             )
+
+    def first(self) -> str | None:
+        """A checksum of the first batch; None if there is none."""
+        with suppress(NoDataError), closing(iter(self)) as batches:
+            return _checksum(next(batches))
+        return None
 
     def _read(self) -> Iterator[Any]:
         count = 0

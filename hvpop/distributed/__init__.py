@@ -1,0 +1,7 @@
+"""The same operators over many processes, on torch.distributed."""
+
+from .errors import RankLost, RemoteError
+from .parallel import DataParallel
+from .team import Team, Traffic, init
+
+__all__ = ["DataParallel", "RankLost", "RemoteError", "Team", "Traffic", "init"]
