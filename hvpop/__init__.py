@@ -1,6 +1,14 @@
 """Hessians of PyTorch models as linear operators that SciPy and torch both take."""
 
-from .curvature import GaussNewtonOperator, HessianOperator, block_diagonal
+from .curvature import (
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    GradientOperator,
+    HessianOperator,
+    JacobianOperator,
+    block_diagonal,
+)
 from .operators import (
     BatchForms,
     BlockDiagonal,
@@ -36,14 +44,18 @@ __all__ = [
     "Damped",
     "Dense",
     "Diagonal",
+    "EmpiricalFisherOperator",
     "EmpiricalRisk",
     "FiniteDifference",
+    "FisherOperator",
     "ForwardOverReverse",
     "FromFunction",
     "GaussNewtonOperator",
+    "GradientOperator",
     "HVPStrategy",
     "HessianOperator",
     "Identity",
+    "JacobianOperator",
     "Layout",
     "LinearOperator",
     "LowRank",

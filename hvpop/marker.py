@@ -1,9 +1,10 @@
-"""Where a loss meets its model: a mark that is the identity, unless derivatives are taken apart there."""
+"""Where a loss meets its model: marks that are the identity, unless derivatives are taken apart there."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -46,20 +47,60 @@ def is_cut() -> bool:
     return _HERE.cut is not None
 
 
+def is_watched() -> bool:
+    """Whether calls of loss functions count as well."""
+    return _HERE.cut is not None and _HERE.cut.watching
+
+
+def called(loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Any:
+    """``loss(z, *args, **kwargs)``, seen by a cut that watches."""
+    if _HERE.cut is None or not _HERE.cut.watching:
+        return loss(z, *args, **kwargs)
+    return _HERE.cut.called(loss, z, args, kwargs)
+
+
+class Call(NamedTuple):
+    """A loss function of torch's at work on what the model has made."""
+
+    loss: Callable[..., Any]
+    input: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    value: Any
+
+
+class Cutting(NamedTuple):
+    """Where a loss is cut off from its model."""
+
+    watching: bool = False  # remember the calls of torch's loss functions
+    at_calls: bool = False  # cut at what these are handed, instead of at what is marked
+
+
+AT_MARKS = Cutting()
+
+
 class Cut(Exchange):
     """While it is active, a loss is handed leaves in place of what is marked; both are remembered."""
 
-    def __init__(self) -> None:
+    def __init__(self, cutting: Cutting = AT_MARKS) -> None:
         super().__init__()
+        self.watching, self._at_calls = cutting
         self.outputs: list[Tensor] = []  # as the model has made them
         self.leaves: list[Tensor] = []  # as the loss has seen them
+        self.calls: list[Call] = []
 
     def _change(self) -> None:
         self._noted(setattr, _HERE, "cut", _HERE.cut)
         _HERE.cut = self
 
     def marked(self, z: T) -> T:
-        return pytree.tree_map(self._handed, z)  # type: ignore[no-any-return]
+        return z if self._at_calls else pytree.tree_map(self._handed, z)
+
+    def called(self, loss: Callable[..., Any], z: Tensor, args: Any, kwargs: Any) -> Any:
+        handed = self._handed(z) if self._at_calls else z
+        value = loss(handed, *args, **kwargs)
+        self.calls.append(Call(loss, handed, args, kwargs, value))
+        return value
 
     def _handed(self, thing: Any) -> Any:
         if not isinstance(thing, Tensor) or not thing.is_floating_point():

@@ -2,8 +2,12 @@
 
 from .blocks import block_diagonal
 from .check import CheckResult
+from .empirical_fisher import EmpiricalFisherOperator
+from .fisher import FisherOperator
 from .gauss_newton import GaussNewtonOperator
+from .gradients import GradientOperator
 from .hessian import HessianOperator
+from .jacobian import JacobianOperator
 from .linearized import Linearized, Report
 
 LinearizedHessian = Linearized
@@ -11,8 +15,12 @@ LinearizedHessian = Linearized
 
 __all__ = [
     "CheckResult",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
     "GaussNewtonOperator",
+    "GradientOperator",
     "HessianOperator",
+    "JacobianOperator",
     "LinearizedHessian",
     "Report",
     "block_diagonal",

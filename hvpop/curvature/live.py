@@ -50,16 +50,22 @@ class Live(DataAverage):
         self._build(risk, strategy)
 
     @classmethod
-    def from_risk(cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None) -> Self:
-        """The same matrix of a risk that was made before."""
+    def from_risk(
+        cls, risk: EmpiricalRisk, *, strategy: HVPStrategy | None = None, **which: Any
+    ) -> Self:
+        """The same matrix of a risk that was made before; ``which`` are arguments of its own."""
         if not isinstance(risk, EmpiricalRisk):
             raise TypeError(
                 f"from_risk takes an EmpiricalRisk, got {type(risk).__name__}; for a batch loss make one "
                 "with EmpiricalRisk.from_batch_loss(model, batch_loss, data)"
             )
         operator = cls.__new__(cls)
+        operator._which(**which)
         operator._build(risk, strategy)
         return operator
+
+    def _which(self) -> None:
+        """Take the arguments that only this matrix has."""
 
     def _matrix(self, strategy: HVPStrategy) -> HVPStrategy:
         """What turns a batch's function into its linear map, with derivatives taken by ``strategy``."""
@@ -86,6 +92,10 @@ class Live(DataAverage):
         self._reference = self._matrix(ReverseOverReverse())
         self._tracer = Tracer(self._reference)
 
+    def _kind(self) -> str:
+        """Which of several matrices of the name it is, for texts."""
+        return ""
+
     def report(self) -> str:
         """The strategy in use, and what the products have cost so far."""
         return (
@@ -105,7 +115,7 @@ class Live(DataAverage):
 
     def _label(self) -> str:
         usual = repr(self.strategy) == "ReverseOverReverse()"
-        name = type(self).__name__
+        name = f"{type(self).__name__}{self._kind()}"
         return name if usual else f"{name}[{self.strategy!r}]"
 
     def _summed(self, V: Tensor) -> WeightedSum:
@@ -132,7 +142,7 @@ class Live(DataAverage):
         if id(self) not in done:
             done[id(self)] = guarded(
                 lambda: Linearized(
-                    type(self).__name__.removesuffix("Operator"),
+                    type(self).__name__.removesuffix("Operator") + self._kind(),
                     self.risk,
                     self.strategy,
                     self._reference,

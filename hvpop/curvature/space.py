@@ -138,6 +138,6 @@ def multiplier(columns: Params) -> Multiply:
             linear.columns({name: c[start : start + width] for name, c in columns.items()})
             for start in range(0, k, width)
         ]
-        return [torch.cat([block[name] for block in blocks]) for name in columns]
+        return [torch.cat([block[name] for block in blocks]) for name in blocks[0]]
 
     return multiply

@@ -105,7 +105,7 @@ class DataParallel(LinearOperator):
         A = self.source
         risk = A.risk
         described: dict[str, Any] = {
-            "the matrix": type(A).__name__,
+            "the matrix": A._label(),
             "the parameters' names and shapes": str(A.layout),
             "average": repr(risk.average),
             "mode": risk.mode,

@@ -17,6 +17,7 @@ from .function import LossFunction, Tensors, Total
 from .losses import BatchLoss, Loss, device_of, supervised
 from .modules import Inventory, Selection, kept, unwrapped
 from .randomness import checked_seed, seed_tensor
+from .samples import Positioned
 from .weighing import Place, Weigher
 
 Mode = Literal["batch", "full"]
@@ -128,6 +129,7 @@ class EmpiricalRisk:
         self._roots = {"": self.model}
         self._moved = 0
         self._shard = (0, 1)  # the rank, and how many there are
+        self._whole = self._positioned = False
         self._weigher = Weigher(average, batch_loss)
         self.function = LossFunction(self._roots, batch_loss, self._weigher)
         self._frozen: tuple[object, EmpiricalRisk] | None = None
@@ -174,11 +176,18 @@ class EmpiricalRisk:
         self.refuse()
 
     def _batches(self) -> Generator[Term, None, None]:
-        counted, (rank, ranks) = 0, self._shard
+        counted, samples, (rank, ranks) = 0, 0, self._shard
+        device = device_of(self._inventory.parameters)
         weighed = self._weigher.weighed(self._read(), self.model, self._place)
         for i, (batch, weight) in enumerate(weighed):
-            if weight > 0:  # a mean over nothing (all targets ignored) is not a number
-                counted += 1
+            if self._positioned:
+                batch = Positioned.at(samples, batch, device)
+                samples += len(batch.place)
+                batch = batch._replace(place=batch.place * ranks + rank)
+            counted += weight > 0
+            if (
+                weight > 0 or self._whole
+            ):  # a mean over nothing (all targets ignored) is not a number
                 seed = seed_tensor(self.seed + i * ranks + rank)
                 yield Term(self.loss, (batch, seed), weight, f"batch {i}")
         if counted == 0:
@@ -234,6 +243,18 @@ class EmpiricalRisk:
         """The same risk in batch mode."""
         risk = self._copy()
         risk.mode = "batch"
+        return risk
+
+    def whole(self) -> EmpiricalRisk:
+        """The same risk in batch mode, whose terms are all batches, those that count nothing too."""
+        risk = self.batchwise()
+        risk._whole = True
+        return risk
+
+    def positioned(self) -> EmpiricalRisk:
+        """The same risk in batch mode, whose batches know which samples are theirs (`Positioned`)."""
+        risk = self.batchwise()
+        risk._positioned = True
         return risk
 
     def restricted(self, params: Selection) -> EmpiricalRisk:

@@ -28,7 +28,9 @@ from .randomness import (
     torch_states,
 )
 from .rewrites import REWRITES, Rewrites
+from .samples import Positioned
 from .settings import Snapshot
+from .terms import noting
 
 Tensors = dict[str, Tensor]
 
@@ -152,7 +154,7 @@ class LossFunction:
                 without_cudnn() if held.recurrent else nullcontext(),
             ):
                 seed_all(int(seed), generators)
-                return backward(scalar(self.now.batch_loss(self.now.roots[""], batch)), trained)
+                return backward(_value(self.now, batch), trained)
 
         return guarded(compute)
 
@@ -169,7 +171,7 @@ class LossFunction:
                 else now.inventory.holding(state | params, self._snapshot),
                 Rewrites() if now.convolves else nullcontext(),
             ):
-                value = scalar(now.batch_loss(now.roots[""], batch))
+                value = _value(now, batch)
         else:
             with self.at(params, state, batch, seed):
                 value = self._within(batch, seed)
@@ -289,7 +291,7 @@ class _At(Exchange):
         buffers = {n: t.clone() for n, t in self._state.items() if n in now.inventory.buffers}
         policies.hooks.clear()
         with now.inventory.holding(buffers):
-            value = scalar(now.batch_loss(now.roots[""], batch))
+            value = _value(now, batch)
         self._function.hooked = bool(policies.hooks)
         canaries.refuse_what_is_not_seen(value)
         if self._replaced and any(id(leaf) in self._replaced for leaf in leaves_of(value)):
@@ -318,6 +320,13 @@ class _Seeded(Exchange):
         self._enter(function._at.interception())
         self._enter(PrivateRNG(function.generators))
         function.seed(self._seed)
+
+
+def _value(now: Description, batch: Any) -> Tensor:
+    """The loss of a batch, by the model as it is."""
+    own = batch.batch if isinstance(batch, Positioned) else batch
+    with noting():
+        return scalar(now.batch_loss(now.roots[""], own))
 
 
 def _same(a: Tensors, b: Tensors) -> bool:

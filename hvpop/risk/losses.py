@@ -9,9 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..interception import Interception
-from ..marker import is_cut, outputs
+from ..marker import called, is_cut, outputs
 from .batches import arrays_in
 from .normalisers import Normaliser, normaliser_of
 from .samples import samples_in
@@ -63,11 +64,7 @@ class supervised:  # noqa: N801 (used like a function)
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = self._split(batch)
         try:
-            if isinstance(inputs, Mapping):
-                return self.loss(outputs(model(**inputs)), targets)
-            if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):
-                return self.loss(outputs(model(*inputs)), targets)
-            return self.loss(outputs(model(inputs)), targets)
+            return self.loss(outputs(_applied(model, inputs)), targets)
         except Exception as error:
             if advice := _advice(error, targets):
                 raise type(error)(f"{error}; {advice}") from error
@@ -107,6 +104,32 @@ class supervised:  # noqa: N801 (used like a function)
             )
         *inputs, targets = batch
         return (inputs[0] if len(inputs) == 1 else inputs), targets
+
+
+def _applied(model: nn.Module, inputs: Any) -> Any:
+    """The model on inputs that are spread over its arguments, if there are several."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, list | tuple) and not hasattr(inputs, "_fields"):
+        return model(*inputs)
+    return model(inputs)
+
+
+class forward_only:  # noqa: N801
+    """Batches as for `supervised`, or without targets: no loss but the sum of all outputs."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(batch, Mapping):
+            inputs: Any = {k: v for k, v in batch.items() if k != "labels"}
+        elif isinstance(batch, tuple | list):
+            inputs = batch[:-1] if len(batch) > 1 else batch
+        else:
+            inputs = batch
+        marked = pytree.tree_leaves(outputs(_applied(model, inputs)))
+        floats = [z for z in marked if isinstance(z, Tensor) and z.is_floating_point()]
+        if not floats:
+            raise ValueError(f"{type(model).__name__} returned no tensor of floating point")
+        return torch.stack([z.sum() for z in floats]).sum()
 
 
 class autoencoder:  # noqa: N801
@@ -157,7 +180,7 @@ class hugging_face:  # noqa: N801
 
 def _marking(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def marked(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return loss(outputs(input), *args, **kwargs)
+        return called(loss, outputs(input), args, kwargs)  # type: ignore[no-any-return]
 
     return marked
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +139,24 @@ class Reading:
             return copied
 
         return mapped(replace, batch)
+
+
+class Positioned(NamedTuple):
+    """A batch that knows which of all samples are its."""
+
+    batch: Any
+    place: Tensor  # (N,), of each sample in a pass over the data
+
+    @classmethod
+    def at(cls, start: int, batch: Any, device: torch.device) -> Positioned:
+        n = next((n for r in READINGS if (n := r.count(batch)) is not None), None)
+        if n is None:
+            raise ValueError(
+                f"a batch of the kind {type(batch).__name__} does not say how many samples it holds, so "
+                "that there are no draws of their own for each; use batches of tensors that run over "
+                "samples first"
+            )
+        return cls(batch, torch.arange(start, start + n, device=device))
 
 
 COLUMNS = Reading("columns")

@@ -39,7 +39,7 @@ class LinearMap(ABC):
         """``H V`` for k columns: tensors of shape ``(k, *parameter.shape)``, in and out."""
         columns = zip(*(block.unbind() for block in V.values()), strict=True)
         products = [self(dict(zip(V, column, strict=True))) for column in columns]
-        return {name: torch.stack([product[name] for product in products]) for name in V}
+        return {name: torch.stack([p[name] for p in products]) for name in products[0]}
 
 
 class HVPStrategy(ABC):

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from ..exchange import dual_level
 from ..graph import leaves_of
-from ..marker import Cut
+from ..marker import AT_MARKS, Cut, Cutting
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
 from .forward import ForwardMode, load_forward_rules
 from .referee import norm
@@ -21,6 +21,8 @@ Tensors = list[Tensor]
 
 class Parted:
     """A function at a point: ``outputs`` of the parameters, and ``loss`` of ``leaves`` in their place.
+
+    ``cutting`` says where.
 
     Raises
     ------
@@ -34,6 +36,7 @@ class Parted:
         params: Params,
         args: tuple[object, ...],
         tangents: Params | None = None,
+        cutting: Cutting = AT_MARKS,
     ) -> None:
         self.fn, self.args = fn, args
         self.point = leaves(params, differentiable=False)
@@ -43,12 +46,13 @@ class Parted:
                 n: forward_ad.make_dual(p, plain(tangents[n]).to(p.dtype))
                 for n, p in self.point.items()
             }
-        cut = Cut()
+        cut = Cut(cutting)
         with at(fn, place, *args), cut:
             self.loss = fn(place, *args)
-        self.outputs, self.leaves = cut.outputs, cut.leaves
+        self.outputs, self.leaves, self.calls = cut.outputs, cut.leaves, cut.calls
+        self.cutting = cutting
         if not self.outputs:
-            raise ValueError(UNMARKED)
+            raise ValueError(UNCALLED if cutting.at_calls else UNMARKED)
         self.tangents: list[Tensor | None] = []
         if tangents is not None:
             duals = [forward_ad.unpack_dual(z) for z in self.outputs]
@@ -66,6 +70,16 @@ class Parted:
         """The parameters that the loss reaches past its outputs."""
         ends = {id(leaf) for leaf in leaves_of(self.loss)}
         return [name for name, p in self.point.items() if id(p) in ends]
+
+    def refuse_beside(self) -> None:
+        """Raise if the loss reaches parameters past its outputs."""
+        beside = self.beside() if self.loss.requires_grad else []
+        if beside:
+            raise ValueError(
+                f"the loss reaches {', '.join(beside[:3])} past the outputs of the model, as a penalty "
+                "on parameters does, which J' B J does not have in it; leave it out of the loss, and add "
+                "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G)"
+            )
 
     def pull(self, s: Tensors, k: int | None = None, *, keep: bool = True) -> Params:
         """``J' s``."""
@@ -95,6 +109,12 @@ class Parted:
 UNMARKED = (
     "the loss does not say which the outputs of its model are, so that it cannot be parted there; mark "
     "them where they meet the loss: loss(hvpop.outputs(model(x)), y)"
+)
+
+
+UNCALLED = (
+    "the loss calls none of the loss functions of torch.nn.functional on outputs of the model, so that "
+    "neither its terms nor the distribution that it is the likelihood of can be told"
 )
 
 
@@ -144,12 +164,12 @@ class DoublePullBack:
 
 
 def pushed_forward(
-    fn: ScalarFunction, params: Params, args: tuple[object, ...], v: Params
+    fn: ScalarFunction, params: Params, args: tuple[object, ...], v: Params, cutting: Cutting
 ) -> tuple[Parted, Tensors]:
     """A parted function, and ``J v`` by dual numbers: both from one evaluation."""
     load_forward_rules()
     with grad_enabled(), dual_level(), ForwardMode():
-        parted = Parted(fn, params, args, v)
+        parted = Parted(fn, params, args, v, cutting)
         tangents = [
             torch.zeros_like(z) if t is None else t.detach()
             for z, t in zip(parted.outputs, parted.tangents, strict=True)
@@ -176,7 +196,7 @@ class Differences:
     def _at(self, v: Params, h: float) -> Tensors:
         fn, args = self._parted.fn, self._parted.args
         moved = {n: p.detach() + h * v[n] for n, p in self._parted.point.items()}
-        cut = Cut()
+        cut = Cut(self._parted.cutting)
         with at(fn, moved, *args), cut:
             fn(moved, *args)
         return [z.detach() for z in cut.outputs]

@@ -140,7 +140,7 @@ class Blockwise(LinearMap):
             if block is None:
                 return super().columns(V)
             blocks.append(block)
-        return {name: torch.cat([block[name] for block in blocks]) for name in V}
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
     def _may_batch(self) -> bool:
         given = [*self._point.values(), *pytree.tree_leaves(self._args)]

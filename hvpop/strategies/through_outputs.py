@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..marker import AT_MARKS, Cutting
 from .authored import NOTHING, authored, ungraded
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
 from .forward import ForwardOverReverse
@@ -17,8 +18,14 @@ from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
 from .referee import generic
 from .reverse import Blockwise
 
-Middle = Callable[[Parted], Callable[[Tensors, int | None], Tensors]]
-"""``middle(parted)(s, k)`` is ``B s``, of one s or of k at once."""
+Times = Callable[[Tensors, int | None], Tensors]
+"""``times(s, k)`` is ``B s``, of one s or of k at once."""
+
+Push = DoublePullBack | Differences
+
+Middle = Callable[[Parted], Times]
+"""Makes B of a parted function. One that wants it parted in its own way has ``cutting``, as `Parted`
+has; one that has to see something of a function first has ``prove(parted)``."""
 
 
 class ThroughOutputs(HVPStrategy):
@@ -55,6 +62,24 @@ class ThroughOutputs(HVPStrategy):
         return ThroughOutputs(strategy, self.middle)
 
     @property
+    def cutting(self) -> Cutting:
+        """Where a function is parted."""
+        return getattr(self.middle, "cutting", AT_MARKS)
+
+    def pushing(self, parted: Parted) -> Push:
+        """``J v``, by the strategy's kind of derivative."""
+        if self.strategy.exact:
+            return DoublePullBack(parted)
+        return Differences(parted, getattr(self.strategy, "step", None))
+
+    def prove(self, parted: Parted) -> None:
+        """Let the middle see that the function is what it takes it for."""
+        prove = getattr(self.middle, "prove", None)
+        if prove is not None and self._tested:
+            with parted.around():
+                prove(parted)
+
+    @property
     def untested(self) -> ThroughOutputs:
         """The same where there are no numbers to test with, as in a trace."""
         untested = copy.copy(self)
@@ -69,30 +94,31 @@ class ThroughOutputs(HVPStrategy):
         if isinstance(self.strategy, ForwardOverReverse):
             return _Forward(self, fn, params, args)
         with grad_enabled(), explained(self):
-            parted = Parted(fn, params, args)
+            parted = Parted(fn, params, args, cutting=self.cutting)
+            self.prove(parted)
             with ungraded(fn, parted.point), parted.around():
                 linear = _Kept(self, parted)
-        self._examine(linear, params)
+        linear.looks = self._examine(parted, linear.push, params)
         return linear
 
-    def _examine(self, linear: _Kept, params: Params) -> None:
-        """What others wrote of the graph of the outputs, refused where its derivative would be wrong."""
-        parted, fn = linear.parted, linear.parted.fn
+    def _examine(self, parted: Parted, push: Push, params: Params) -> bool:
+        """Whether others wrote of the graph of the outputs; refused where its derivative would be wrong."""
+        fn = parted.fn
         if self._known != fn:
             self._known, self._proven, self.batches_columns = fn, NOTHING, None
         found = frozenset().union(*(authored(fn, z) for z in parted.outputs))
-        linear.looks = bool(found)
         new = found - self._proven
-        if new and self._tested and isinstance(linear.push, DoublePullBack):
-            check_graph(self, [*parted.outputs, *linear.push.graph])
-            self._hold_against_differences(linear, params)
+        if new and self._tested and isinstance(push, DoublePullBack):
+            check_graph(self, [*parted.outputs, *push.graph])
+            self._hold_against_differences(parted, push, params)
             self._proven |= new
+        return bool(found)
 
-    def _hold_against_differences(self, linear: _Kept, params: Params) -> None:
+    def _hold_against_differences(self, parted: Parted, push: Push, params: Params) -> None:
         """Raise if ``J v`` is not that of the outputs, as far as differences can tell."""
         w = generic(params)
-        with linear.parted.around(), grad_enabled():
-            found, truth = linear.push(w), Differences(linear.parted)(w)
+        with parted.around(), grad_enabled():
+            found, truth = push(w), Differences(parted)(w)
         off = max(
             (
                 float((a - b).norm() / b.norm().clamp_min(1e-30))
@@ -108,28 +134,14 @@ class ThroughOutputs(HVPStrategy):
             )
 
 
-def _middle(owner: ThroughOutputs, parted: Parted) -> Callable[[Tensors, int | None], Tensors]:
-    """``B s`` at a point; a loss that reaches parameters past its outputs is refused."""
-    beside = parted.beside() if parted.loss.requires_grad else []
-    if beside:
-        raise ValueError(
-            f"the loss reaches {', '.join(beside[:3])} past the outputs of the model, as a penalty "
-            "on parameters does, which J' B J does not have in it; leave it out of the loss, and add "
-            "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G)"
-        )
-    return owner.middle(parted)
-
-
 class _Kept(Blockwise):
     """Graphs of the outputs, of their pull-back and of the loss, for as long as the map lives."""
 
     def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
         super().__init__(owner, parted.point, parted.args)
         self._owner, self.parted = owner, parted
-        self._middle = _middle(owner, parted)
-        exact = owner.strategy.exact
-        step = getattr(owner.strategy, "step", None)
-        self.push = DoublePullBack(parted) if exact else Differences(parted, step)
+        self._middle = owner.middle(parted)
+        self.push = owner.pushing(parted)
 
     def _may_batch(self) -> bool:
         return isinstance(self.push, DoublePullBack) and super()._may_batch()
@@ -151,14 +163,18 @@ class _Forward(LinearMap):
 
     def __call__(self, v: Params) -> Params:
         with grad_enabled(), explained(self._owner):
-            parted, tangents = pushed_forward(self._fn, self._params, self._args, v)
+            parted, tangents = pushed_forward(
+                self._fn, self._params, self._args, v, self._owner.cutting
+            )
+            self._owner.prove(parted)
             with parted.around():
-                product = parted.pull(_middle(self._owner, parted)(tangents, None), keep=False)
+                product = parted.pull(self._owner.middle(parted)(tangents, None), keep=False)
         return {name: t.detach() for name, t in product.items()}
 
 
-def loss_hessian(parted: Parted) -> Callable[[Tensors, int | None], Tensors]:
-    """The second derivative of the loss in its outputs."""
+def loss_hessian(parted: Parted) -> Times:
+    """The second derivative of the loss in its outputs; one that reaches past them is refused."""
+    parted.refuse_beside()
     places = parted.leaves
     first: tuple[Tensor | None, ...] = (None,) * len(places)
     if parted.loss.requires_grad:

@@ -14,9 +14,13 @@ from hvpop import (
     Damped,
     Dense,
     Diagonal,
+    EmpiricalFisherOperator,
+    FisherOperator,
     FromFunction,
+    GradientOperator,
     HessianOperator,
     Identity,
+    JacobianOperator,
     Layout,
     LinearOperator,
     LowRank,
@@ -152,15 +156,46 @@ def levenberg_marquardt(case: Case, strength: float) -> Case:
     return LevenbergMarquardt(A, strength), matrix + strength * matrix.diagonal().abs().diag()
 
 
-@cache
-def hessian(dtype: torch.dtype = F64) -> Case:
-    """Of a 3-4-2 tanh network on 7 samples in batches of 4 and 3, and by double backward."""
+def problem(dtype: torch.dtype = F64) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A 3-4-2 tanh network on 7 samples in batches of 4 and 3."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
     X, y = entries(7, 3, seed=5, dtype=dtype), torch.tensor([0, 1, 1, 0, 1, 0, 0])
-    loss = nn.CrossEntropyLoss()
-    H = HessianOperator(model, loss, [(X[:4], y[:4]), (X[4:], y[4:])])
+    return model, nn.CrossEntropyLoss(), [(X[:4], y[:4]), (X[4:], y[4:])]
+
+
+def rows_of(model: nn.Module, numbers: Tensor) -> Tensor:
+    """The gradients of some numbers, one a row."""
+    rows = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in numbers]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+@cache
+def over_samples(kind: str) -> Case:
+    """The gradients of samples, the Jacobian of outputs, and the matrices that are made of them."""
+    model, loss, data = problem()
+    if kind == "jacobian":
+        z = torch.cat([model(x) for x, _ in data])
+        return JacobianOperator(model, data), rows_of(model, z.flatten())
+    losses = [loss(model(x[i : i + 1]), y[i : i + 1]) for x, y in data for i in range(len(x))]
+    G = rows_of(model, torch.stack(losses))
+    if kind == "gradients":
+        return GradientOperator(model, loss, data), G
+    if kind == "fisher":
+        z = torch.cat([model(x) for x, _ in data]).detach()
+        J, p = rows_of(model, torch.cat([model(x) for x, _ in data]).flatten()), z.softmax(1)
+        B = torch.block_diag(*(q.diag() - q.outer(q) for q in p))
+        return FisherOperator(model, loss, data), J.T @ B @ J / len(G)
+    return EmpiricalFisherOperator(model, loss, data), G.T @ G / len(G)
+
+
+@cache
+def hessian(dtype: torch.dtype = F64) -> Case:
+    """Of the network, and by double backward."""
+    model, loss, data = problem(dtype)
+    H = HessianOperator(model, loss, data)
+    X, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     exact = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     exact.load_state_dict(model.state_dict())
     parameters = list(exact.parameters())
@@ -241,6 +276,13 @@ OPERATORS: dict[str, Callable[[], Case]] = {
     "hessian damped by name": lambda: damped(
         hessian(), {"0.weight": 0.5, "0.*": 2.0}, HESSIAN_DAMPING
     ),
+    "gradients": lambda: over_samples("gradients"),
+    "gradients linearized": lambda: linearized(over_samples("gradients")),
+    "jacobian": lambda: over_samples("jacobian"),
+    "jacobian linearized": lambda: linearized(over_samples("jacobian")),
+    "empirical fisher": lambda: over_samples("empirical fisher"),
+    "empirical fisher linearized": lambda: linearized(over_samples("empirical fisher")),
+    "fisher": lambda: over_samples("fisher"),
     "hessian deflated": lambda: combine(
         lambda P, H: P @ H @ P, low_rank(26, weights=True), hessian()
     ),
@@ -255,6 +297,9 @@ OVER_DATA = {
     "hessian float32",
     "hessian linearized",
     "hessian damped by name",
+    "empirical fisher",
+    "empirical fisher linearized",
+    "fisher",
 }
 
 
