@@ -8,10 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hvpop import BATCHES, SAMPLES, TOTAL, GaussNewtonOperator, HessianOperator
+from hvpop import (
+    BATCHES,
+    SAMPLES,
+    TOTAL,
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+)
 
 AVERAGES = {"SAMPLES": SAMPLES, "BATCHES": BATCHES, "TOTAL": TOTAL}
-MATRICES: dict[str, Any] = {"Hessian": HessianOperator, "Gauss-Newton": GaussNewtonOperator}
+MATRICES: dict[str, Any] = {
+    "Hessian": HessianOperator,
+    "Gauss-Newton": GaussNewtonOperator,
+    "Fisher": FisherOperator,
+    "empirical Fisher": EmpiricalFisherOperator,
+}
+"""Every matrix that averages over data."""
 
 X = torch.randn(37, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (37,), generator=torch.Generator().manual_seed(1))
@@ -86,6 +100,9 @@ def dense(name: str, data: list[tuple[Tensor, Tensor]], average: str) -> np.ndar
             J = torch.autograd.functional.jacobian(lambda w, x=x: outputs(w, x), flat)
             p = z.softmax(1)
             B = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+            if name == "empirical Fisher":
+                g = p - nn.functional.one_hot(y, p.shape[1])
+                B = g[:, :, None] * g[:, None, :]
             matrix = torch.einsum("ncm,ncd,ndk->mk", J, B, J) / len(x)
         w = {"SAMPLES": float(len(x)), "BATCHES": 1.0, "TOTAL": 1.0}[average]
         total, weight = total + w * matrix, weight + w
