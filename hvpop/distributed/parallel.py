@@ -20,9 +20,11 @@ from ..curvature.space import from_point
 from ..exchange import guarded
 from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
+from ..operators.crossing import working_dtype
 from ..risk.batches import NoDataError
 from ..risk.fingerprint import sums
 from ..risk.modules import Selection
+from .driving import drive, together
 from .errors import RemoteError, words
 from .header import Header, hashed
 from .interrupts import Deferred, deferred
@@ -95,8 +97,7 @@ class DataParallel(LinearOperator):
         self._waits = [0.0] * team.size
         self._heard: set[str] = set()  # warnings that were given
         self._looked = False  # whether the first batches were compared
-        self._number = len(team.members)
-        team.members.append(self)
+        self._number = team.joined(self)
 
     # -- agreement --------------------------------------------------------------------------------
 
@@ -124,10 +125,66 @@ class DataParallel(LinearOperator):
 
     # -- products ---------------------------------------------------------------------------------
 
+    def drive(self, fn: Callable[[Self], T]) -> T:
+        """What ``fn(self)`` returns or raises, on every process; rank 0 runs it, the others serve.
+
+        For solvers whose decisions must not differ by a rounding, all of SciPy's among them. Every
+        process calls it in the same place. Within ``fn`` this operator, what is made of it, and other
+        operators of the team may be multiplied, linearized and divided into blocks, on rank 0.
+
+        Parameters
+        ----------
+        fn : callable
+            ``fn(A)``; what it returns is sent to all by pickle.
+
+        Raises
+        ------
+        RemoteError
+            If any process fails: with its rank and its words, on all of them. What ``fn`` itself raises
+            is raised on rank 0 as it is, and elsewhere as ``rank 0 aborted: ...``.
+        RankLost
+            If a process is gone, or does not answer within the team's timeout.
+
+        Notes
+        -----
+        A product costs the words of a command, a broadcast and a sum of ``n k`` numbers: the bytes of
+        the all-reduce that it takes otherwise. Rank 0 may think between products for any time.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from scipy.sparse.linalg import eigsh
+        >>> from hvpop import HessianOperator
+        >>> from hvpop.distributed import DataParallel
+        >>> model = torch.nn.Linear(3, 1, bias=False).double()
+        >>> data = [(torch.eye(3).double(), torch.zeros(3, 1).double())]
+        >>> H = DataParallel(HessianOperator(model, torch.nn.MSELoss(), data))
+        >>> H.drive(lambda A: eigsh(A, k=1, return_eigenvectors=False)).round(6)
+        array([0.666667])
+        """
+        return drive(self.team, lambda: fn(self))
+
     def _apply(self, V: Tensor) -> Tensor:
         if self.team.size == 1:
             return self.source._apply(V)
-        return guarded(lambda: self._product(V))
+        if not self.team.leading:
+            return guarded(lambda: self._product(V))
+        with deferred():
+            self._together("_served", V.shape[1])
+            return guarded(lambda: self._driven(V))
+
+    def _served(self, k: int) -> None:
+        """A product for rank 0, which has the vectors."""
+        dtype = working_dtype(self.torch_dtype)
+        self._driven(torch.empty(self.shape[1], k, dtype=dtype, device=self.device))
+
+    def _driven(self, V: Tensor) -> Tensor:
+        V = V.contiguous()
+        self.team.share(V, 0)
+        return guarded(lambda: self._product(V, at=0))
+
+    def _together(self, name: str, *args: Any) -> None:
+        together(self.team, self._number, name, *args)
 
     def _product(self, V: Tensor, at: int | None = None) -> Tensor:
         """The product with columns that all processes have, at one of them or on all."""
@@ -249,6 +306,8 @@ class DataParallel(LinearOperator):
         if self.team.size == 1:
             return self.source._batch_forms(V, batches)
         share = None if batches is None else -(-batches // self.team.size)
+        if self.team.leading:
+            self._together("_forms_served", V.cpu().numpy(), batches)
         said = self._agreed(lambda: self._forms(V, share))
         columns = V.shape[1]
         longest = max(len(weights) for _, weights in said)
@@ -259,6 +318,9 @@ class DataParallel(LinearOperator):
         values = torch.stack([v for v, _ in rows]).reshape(-1, columns)
         weights = torch.stack([w for _, w in rows])
         return BatchForms(values, weights, self.source.risk.average.normalized)
+
+    def _forms_served(self, V: Any, batches: int | None) -> None:
+        self._batch_forms(torch.from_numpy(V).to(self.device), batches)
 
     def _forms(self, V: Tensor, batches: int | None) -> tuple[Tensor, Tensor]:
         try:
@@ -291,6 +353,9 @@ class DataParallel(LinearOperator):
 
     def restricted(self, params: Selection) -> Self:
         """The same matrix of some of the parameters; on every process."""
+        if self.team.leading:  # what selects may be no words that can be sent
+            params = list(self.source.restricted(params).layout.names)
+            self._together("restricted", params)
         return self._made(self.source.restricted(params))
 
     def block(self, rows: Selection, cols: Selection = None) -> LinearOperator:
@@ -298,16 +363,22 @@ class DataParallel(LinearOperator):
         return between(self, rows, cols)
 
     def is_current(self) -> bool:
+        self._together("is_current")
         return all(self.team.everyone(self.source.is_current()))
 
     def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
         if id(self) not in done:
+            self._together("_linearized_too", memory)
             if memory is None:  # of what is free on a machine each of its processes takes a share
                 memory = int(FREE_FRACTION * free_memory(self.device)) // self.team.per_node
             made: list[LinearOperator] = []
             self._agreed(lambda: made.append(self.source._linearized(memory, {})))
             done[id(self)] = self._made(made[0])
         return done[id(self)]
+
+    def _linearized_too(self, memory: Memory) -> LinearOperator:
+        """`linearize`, as rank 0 has done it."""
+        return self.linearize(memory=memory)
 
     def _made(self, A: Any) -> Self:
         part = type(self).__new__(type(self))

@@ -6,10 +6,10 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as _dist
@@ -25,8 +25,11 @@ TIMEOUT = 1800.0
 
 _IDLE = timedelta(days=30)  # of the control group: a leader may think for long
 
-_NAMING = 2.0
-"""Seconds that survivors wait for each other to tell who is missing."""
+_LOOK = timedelta(seconds=0.5)
+"""How often a process that waits looks whether others have given up."""
+
+_NAMING = 4.0
+"""Seconds at most that survivors wait for each other to tell who is missing; some `_LOOK`."""
 
 
 @dataclass
@@ -61,8 +64,9 @@ class Team:
         self.data, self.control = data, control
         self.traffic = Traffic()
         self.steps = 0  # of all products, on all processes alike
-        self.members: list[Any] = []  # what was made by all together, in the same order
-        self.leading: Any = None  # what drives, if anything does
+        self.leading = False  # whether this process drives the others, now
+        self._members: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self._count = 0
         self.lost: RankLost | None = None
 
     @property
@@ -70,41 +74,55 @@ class Team:
         """How many of the processes share this machine's memory."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
+    def joined(self, operator: Any) -> int:
+        """The number of an operator that all processes have made, in the same order."""
+        self._count += 1
+        self._members[self._count] = operator
+        return self._count
+
+    def member(self, number: int) -> Any:
+        """The operator of a number."""
+        return self._members[number]
+
     # -- data -------------------------------------------------------------------------------------
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place, with the same bits on all of them (with gloo)."""
-        return self._sent(tensor, lambda: dist.all_reduce(tensor, group=self.data))
+        return self._sent(tensor, dist.all_reduce)
 
     def add_up_at(self, tensor: Tensor, rank: int) -> Tensor:
         """The sum over processes, in place, at one of them; elsewhere nothing of use."""
-        return self._sent(tensor, lambda: dist.reduce(tensor, rank, group=self.data))
+        return self._sent(tensor, dist.reduce, rank)
 
     def smallest(self, tensor: Tensor) -> Tensor:
         """The smallest over processes, in place."""
-        least = dist.ReduceOp.MIN
-        return self._sent(tensor, lambda: dist.all_reduce(tensor, least, group=self.data))
+        return self._sent(tensor, dist.all_reduce, dist.ReduceOp.MIN)
 
     def share(self, tensor: Tensor, rank: int) -> Tensor:
         """What one process has, in place."""
-        return self._sent(tensor, lambda: dist.broadcast(tensor, rank, group=self.data))
+        return self._sent(tensor, dist.broadcast, rank)
 
-    def _sent(self, tensor: Tensor, send: Callable[[], object]) -> Tensor:
+    def _sent(self, tensor: Tensor, send: Callable[..., Any], *how: Any) -> Tensor:
         if self.size > 1:
             self.traffic.collectives += 1
             self.traffic.bytes += tensor.nbytes
-            self._waiting(send)
+            self._waiting(send, self.data, tensor, *how)
         return tensor
 
     # -- words ------------------------------------------------------------------------------------
 
     def everyone(self, thing: Any) -> list[Any]:
         """What each process says, in the order of ranks."""
-        said: list[Any] = [thing]
-        if self.size > 1:
-            said = [None] * self.size
-            self._waiting(lambda: dist.all_gather_object(said, thing, group=self.control))
-        return said
+        if self.size == 1:
+            return [thing]
+        text = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._waiting(dist.all_gather, self.control, sizes, torch.tensor([len(text)]))
+        longest = max(map(int, sizes))
+        padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._waiting(dist.all_gather, self.control, texts, padded)
+        return [pickle.loads(t.numpy().tobytes()) for t in texts]  # which ends by itself
 
     def command(self, thing: Any = None) -> Any:
         """What the leader, rank 0, says; others wait for it as long as it takes."""
@@ -112,11 +130,11 @@ class Team:
             return thing
         said = pickle.dumps(thing) if self.rank == 0 else b""
         size = torch.tensor([len(said)])
-        self._waiting(lambda: dist.broadcast(size, 0, group=self.control))
+        self._waiting(dist.broadcast, self.control, size, 0)
         text = torch.empty(int(size), dtype=torch.uint8)
         if self.rank == 0:
             text = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        self._waiting(lambda: dist.broadcast(text, 0, group=self.control))
+        self._waiting(dist.broadcast, self.control, text, 0)
         return pickle.loads(text.numpy().tobytes())
 
     def say(self, key: str, text: str) -> None:
@@ -136,48 +154,50 @@ class Team:
 
     # -- faults -----------------------------------------------------------------------------------
 
-    def _waiting(self, work: Callable[[], object]) -> None:
+    def _waiting(self, send: Callable[..., Any], group: Any, *what: Any) -> None:
         if self.lost is not None:
             raise self.lost
         start = time.perf_counter()
         try:
-            work()
+            handle = send(*what, group=group, async_op=True)
+            self._until_done(handle)
         except RuntimeError as error:
-            waited = time.perf_counter() - start
-            self.lost = self._named(error, waited)
+            limit = self.timeout if group is self.data else torch.inf
+            self.lost = self._named(error, late=time.perf_counter() - start >= 0.9 * limit)
             raise self.lost from error
         finally:
             self.traffic.seconds += time.perf_counter() - start
 
-    def _named(self, error: RuntimeError, waited: float) -> RankLost:
+    def _until_done(self, handle: Any) -> None:
+        """Wait, and look now and then whether others have given up: not all notice by themselves."""
+        while True:
+            try:
+                handle.wait(_LOOK)
+                return
+            except RuntimeError:
+                if handle.is_completed() or self.store.check(["why"]):
+                    raise
+
+    def _named(self, error: RuntimeError, late: bool) -> RankLost:
         """Who does not answer, by what the survivors leave in the store; it may be gone, too."""
-        self._close()  # those who wait for this process learn that it gives up
         missing = set(range(self.size))
+        how = f"has not answered within {self.timeout:g} s" if late else "is gone"
         try:
+            how = self.store.compare_set("why", "", how).decode() or how  # as the first one sees it
             self.store.set(f"survivor/{self.rank}", "")
-            until = time.perf_counter() + _NAMING
-            while len(missing) > 0 and time.perf_counter() < until:
+            start = time.perf_counter()
+            while missing and time.perf_counter() < start + _NAMING:
                 missing = {r for r in missing if not self.store.check([f"survivor/{r}"])}
-                time.sleep(0.02)
-                if len(missing) == 1 and time.perf_counter() > until - _NAMING + 0.4:
+                if len(missing) == 1 and time.perf_counter() > start + _NAMING / 4:
                     break
+                time.sleep(0.02)
         except RuntimeError:
             missing = {0}  # whose store it was
         who = f"rank {', '.join(map(str, sorted(missing)))}" if missing else "a connection"
-        how = (
-            f"has not answered within {self.timeout:g} s"
-            if waited >= 0.9 * self.timeout
-            else "is gone"
-        )
         return RankLost(
             f"{who} of {self.size} {how}, as rank {self.rank} sees it; start the processes anew, as "
             f"torchrun --max-restarts does. torch.distributed says: {str(error).splitlines()[0]}"
         )
-
-    def _close(self) -> None:
-        for group in (self.data, self.control):
-            with suppress(Exception):
-                dist.destroy_process_group(group)
 
 
 _CURRENT: list[Team] = []
