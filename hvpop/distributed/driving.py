@@ -31,9 +31,11 @@ def _lead(team: Team, work: Callable[[], T]) -> T:
     except RankLost:
         raise  # who is left has noticed
     except BaseException as error:
-        told = error
-        if not isinstance(error, RemoteError):
-            told = RemoteError(0, f"rank 0 aborted: {words(error)}")
+        told = (
+            error
+            if isinstance(error, RemoteError)
+            else RemoteError(0, f"rank 0 aborted: {words(error)}")
+        )
         if team.lost is None:
             with suppress(RankLost), deferred():  # the error that is on its way counts
                 team.command((ABORT, told.rank, told.message))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..curvature.average import DataAverage
 from ..curvature.blocks import between
@@ -105,6 +105,7 @@ class DataParallel(LinearOperator):
         """Refuse what is not the same on all processes, by name."""
         A = self.source
         risk = A.risk
+        self._agreed(lambda: _refuse_collectives(risk.model))
         described: dict[str, Any] = {
             "the matrix": A._label(),
             "the parameters' names and shapes": str(A.layout),
@@ -201,8 +202,10 @@ class DataParallel(LinearOperator):
 
     def _summed(self, V: Tensor, interrupts: Deferred, at: int | None) -> Tensor:
         A, team = self.source, self.team
+        said: list[tuple[str, str]] = []  # also what was said before a strategy failed
         while True:
             local = self._locally(V, interrupts)
+            local.said = said = said + local.said
             header = self._told(V, local, driven=at is not None)
             self._examine(header, local)
             if header.alike("left"):
@@ -420,6 +423,16 @@ _SAME = {
     "point": "parameters or buffers are no longer the same on all processes; broadcast them from one, "
     "torch.distributed.broadcast(t, 0) for each, and look for what changed them on one alone",
 }
+
+
+def _refuse_collectives(model: nn.Module) -> None:
+    """Refuse layers that talk to other processes themselves: shards may have unequal batches."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError(
+                f"DataParallel: {name} is a SyncBatchNorm in train mode, which averages over processes "
+                "within the model; call model.eval(), or use BatchNorm, whose batches stand for themselves"
+            )
 
 
 def _differs(what: str, rank: int, expected: Any, got: Any) -> str:

@@ -25,6 +25,7 @@ from torch.utils.data import (
 from ..exchange import Exchange
 from .fingerprint import sums
 from .randomness import private_rng
+from .shards import share_of
 
 
 class NoDataError(ValueError):
@@ -42,7 +43,7 @@ class Batches:
 
     def __init__(self, data: Any, seed: int) -> None:
         _check_is_batches(data)
-        self._data = data
+        self._data = data = share_of(data)
         self._seed = seed
         self._one_shot = isinstance(data, Iterator)
         self._checksums: list[str] = []  # of the batches, and then "the end"
@@ -263,6 +264,7 @@ class _as_at_the_first_pass(Exchange):  # noqa: N801 (used like a function)
             getattr(self._loader, "sampler", None),
             batch_sampler,
             getattr(batch_sampler, "sampler", None),
+            getattr(getattr(batch_sampler, "batch_sampler", None), "sampler", None),
         ]
         held = [getattr(owner, "generator", None) for owner in owners]
         for generator in {id(g): g for g in held if isinstance(g, torch.Generator)}.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest  # noqa: F401
-import scipy.sparse.linalg
 import torch
 import torch.distributed.fsdp
 import torch.fx.experimental.proxy_tensor

@@ -56,7 +56,9 @@ def test_every_process_has_what_a_solver_on_rank_0_finds(ranks: int) -> None:
     values = np.linalg.eigvalsh(M)
     x = np.linalg.solve(M + 0.5 * np.eye(n), b)
     eigsh, cg, minres, lobpcg, own_cg, block, current, form = found[0]
-    np.testing.assert_allclose(np.sort(eigsh), np.sort(values[np.argsort(-abs(values))[:3]]), rtol=1e-10)
+    np.testing.assert_allclose(
+        np.sort(eigsh), np.sort(values[np.argsort(-abs(values))[:3]]), rtol=1e-10
+    )
     for solution in (cg, minres, own_cg):
         np.testing.assert_allclose(solution, x, rtol=0, atol=1e-9 * abs(x).max())
     np.testing.assert_allclose(lobpcg, values[-2:], rtol=1e-8)
@@ -177,7 +179,8 @@ def test_what_ends_the_solver_ends_the_others(how: str, error: str, said: str) -
     assert leader.error == error
     for other in others:
         assert other.error == "RemoteError"
-        assert other.message.startswith("rank 0") and said in other.message
+        assert other.message.startswith("rank 0")
+        assert said in other.message
 
 
 def patient(team: Team) -> float:
