@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..operators import Layout
+from ..operators import Layout, crossing
 from ..operators.crossing import working_dtype
 from ..strategies import LinearMap, Params
 
@@ -95,7 +95,9 @@ def to_point(V: Tensor, layout: Layout, point: Params) -> Params:
 def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     """The inverse of `to_point`, in the dtype and device of ``V``."""
     k = V.shape[1]
-    return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1).T
+    rows = crossing.empty((k, V.shape[0]), V.dtype, V.device)
+    with torch.no_grad():
+        return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1, out=rows).T
 
 
 def scale_of(V: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:

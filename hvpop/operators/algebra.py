@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import reduce
 from itertools import pairwise
 from numbers import Integral
@@ -69,15 +70,21 @@ class Sum(Composite):
         super().__init__(terms, terms[0].shape, symmetric=all(t.symmetric for t in terms))
 
     def _apply(self, V: Tensor) -> Tensor:
-        first, *others = self.parts
-        Y = first._apply(V)
-        own = first._gives_fresh() and crossing.writable(Y, V)
-        for part in others:
-            Y, own = _plus(Y.detach(), part, V, own), True
-        return Y
+        return self._gathered([(part, part._apply) for part in self.parts], V)
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
-        return reduce(Tensor.add, (part._apply_transpose(U) for part in self.parts))
+        return self._gathered([(part, part._apply_transpose) for part in self.parts], U)
+
+    def _gathered(
+        self, hooks: list[tuple[LinearOperator, Callable[[Tensor], Tensor]]], V: Tensor
+    ) -> Tensor:
+        """The sum of what the hooks of the parts make of ``V``, in the memory of the first."""
+        (first, hook), *others = hooks
+        Y = hook(V)
+        own = first._gives_fresh() and crossing.writable(Y, V)
+        for part, hook in others:
+            Y, own = _plus(Y.detach(), part, hook, V, own), True
+        return Y
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         of_data = [part for part in self.parts if part._averages_data()]
@@ -205,11 +212,13 @@ def times(A: LinearOperator, B: LinearOperator) -> LinearOperator:
     return product if A is factors[0] and B is factors[1] else Scaled(scale, product)
 
 
-def _plus(Y: Tensor, part: LinearOperator, V: Tensor, own: bool) -> Tensor:
-    """``Y + part V``, in ``Y`` if that is one's own; without a block for a multiple of the identity."""
+def _plus(
+    Y: Tensor, part: LinearOperator, hook: Callable[[Tensor], Tensor], V: Tensor, own: bool
+) -> Tensor:
+    """``Y + hook(V)``, in ``Y`` if that is one's own; without a block for a multiple of the identity."""
     if type(part) is Scaled and type(part.parts[0]) is Identity:
         return torch.add(Y, V, alpha=part.scale, out=Y if own and Y.dtype is V.dtype else None)
-    product = part._apply(V).detach()
+    product = hook(V).detach()
     return torch.add(Y, product, out=Y if own and Y.dtype is product.dtype else None)
 
 

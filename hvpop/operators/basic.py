@@ -65,7 +65,10 @@ class Diagonal(LinearOperator):
         super().__init__((n, n), dtype=self.d.dtype, device=self.d.device, symmetric=True)
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.d.to(V.dtype).unsqueeze(1) * V
+        d = self.d.to(V.dtype)
+        if not V.T.is_contiguous():
+            return d.unsqueeze(1) * V
+        return torch.mul(d, V.T, out=crossing.empty(V.T.shape, V.dtype, V.device)).T
 
 
 class Dense(LinearOperator):

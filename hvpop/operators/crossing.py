@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, ValuesView
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 NDArrayAny = NDArray[Any]
 
+_MANY_PAGES = 1 << 20  # numbers
 _NUMPY_OF = {torch.float64: np.float64, torch.float32: np.float32}
 
 
@@ -34,6 +36,17 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
             "an operator is real floating point (float64, float32, bfloat16, float16), got "
             f"{dtype}; view complex parameters as real ones first (torch.view_as_real)"
         ) from None
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that is not set; NumPy asks the system for large pages, which cost a fraction to touch first."""
+    size = math.prod(shape)
+    if device.type != "cpu" or dtype not in _NUMPY_OF or size < _MANY_PAGES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    line = 64  # bytes: where it begins decides in which order BLAS adds up
+    array = np.empty(size + line, _NUMPY_OF[dtype])
+    start = -array.ctypes.data % line // array.itemsize
+    return torch.from_numpy(array[start : start + size].reshape(shape))
 
 
 def entries(who: str, values: Any) -> Tensor:

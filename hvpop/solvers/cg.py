@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,8 @@ class _State(lockstep.State):
     R: Tensor  # (n, k), residuals
     P: Tensor  # (n, k), search directions
     rho: Tensor  # (k,), r'Mr, float64
+    squares: Tensor  # (k,), p'p where there is no M, float64
+    reach: Tensor  # (k,), what |x| cannot exceed, float64
 
 
 class _ConjugateGradients(lockstep.Recurrence[_State]):
@@ -133,29 +136,46 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
             R=R,
             P=Z,  # a step takes a copy, and a check needs none
             rho=rho,
+            squares=rho,
+            reach=torch.full_like(rho, 0.0 if X is None else torch.inf),
         )
 
     def step(self, state: _State) -> None:
         if state.P is state.R:
             state.P = state.R.clone()
         AP = self.product(state.P)
-        pairs = ((state.P, AP), (state.P, state.P), (AP, AP))
-        curvature, squares, of_products = self.space.together(*pairs)
-        self.learn(squares.sqrt(), of_products.sqrt())
+        if self.M is None:
+            # p = r + beta p_last with r'p_last = 0, and then |alpha A p|^2 = |r - r_next|^2: both are free
+            (curvature,), squares = self.space.together((state.P, AP)), state.squares
+        else:
+            pairs = ((state.P, AP), (state.P, state.P), (AP, AP))
+            curvature, squares, of_products = self.space.together(*pairs)
+            self.learn(squares.sqrt(), of_products.sqrt())
         flat = curvature <= self.eps * self.scale * squares
         stuck = bool(flat.any())
         if stuck:
             # a p from the null space has shown nothing of |A|; the rounding of A p shows more
+            self.noted(state.P[:, flat], AP[:, flat])
             again = AP[:, flat]
             self.noted(again, self.multiply(again))
         negative = curvature < -8 * self.eps * self.scale * squares
         state.halt = torch.where(flat, torch.where(negative, NEGATIVE, BREAKDOWN), GO)
-        alpha = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature)).to(AP)
-        state.X.addcmul_(state.P, alpha)
-        state.R.addcmul_(AP, alpha, value=-1)
-        Z, rho = self._precondition(state.R)
+        steps = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature))
+        alpha = steps.to(AP)
+
+        Z, rho = self._precondition(
+            state.R, lambda part: state.R[part].addcmul_(AP[part], alpha, value=-1)
+        )
+        moves = steps.abs() * squares.sqrt()
+        if self.M is None:
+            self.learn(moves, torch.where(flat, 0.0, state.rho + rho).sqrt())
+        state.reach = state.reach + moves
         # a halted column keeps its direction, which is what it has to report
-        beta = torch.where(flat, 0.0, rho / torch.where(state.rho > 0, state.rho, 1.0)).to(AP)
+        factors = torch.where(flat, 0.0, rho / torch.where(state.rho > 0, state.rho, 1.0))
+        state.squares = torch.where(flat, squares, rho + factors.square() * squares)
+        beta = factors.to(AP)
+
+        state.X.addcmul_(state.P, alpha)
         if stuck:
             state.P = torch.where(flat, state.P, torch.addcmul(Z, state.P, beta))
         else:
@@ -169,9 +189,19 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
     def _error(self, R: Tensor, rho: Tensor) -> Tensor:
         return rho.sqrt().to(self.dtype) if self.M is None else self.norms(R)
 
-    def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
-        Z: Tensor = R if self.M is None else self.M @ R
+    def above_floor(self, state: _State) -> bool:
+        floor = 8 * torch.finfo(self.A.torch_dtype).eps * self.scale * state.reach
+        return bool((state.error > floor).all())
+
+    def _precondition(
+        self, R: Tensor, first: Callable[[slice], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``M R`` and ``r'Mr``, of residuals that ``first`` updates."""
+        if self.M is None:
+            return R, self.space.together((R, R), first=first)[0]
+        if first is not None:
+            first(slice(None))
+        Z: Tensor = self.M @ R
         rho = self.space.dots(R, Z)
-        if self.M is not None:
-            checks.positive_form(self.who, self.A, self.M.parts[0], R, rho)
+        checks.positive_form(self.who, self.A, self.M.parts[0], R, rho)
         return Z, rho

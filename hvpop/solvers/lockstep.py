@@ -87,6 +87,10 @@ class Recurrence(ABC, Generic[S]):
     def start(self, B: Tensor, X: Tensor | None) -> S:
         """The recurrence from the iterates ``X`` (zero if None), its `error` from the true residual."""
 
+    def error_at(self, B: Tensor, X: Tensor) -> Tensor:
+        """The `error` of the iterates ``X`` by their true residual, ``(k,)``."""
+        return self.start(B, X).error
+
     @abstractmethod
     def step(self, state: S) -> None:
         """One step for every column, in place; columns that cannot go on say so in `halt`."""
@@ -99,6 +103,10 @@ class Recurrence(ABC, Generic[S]):
         """``(k,)``: below about this, rounding in the products may decide what the error really is."""
         eps = torch.finfo(self.A.torch_dtype).eps  # of half precision, where the products have it
         return 8 * eps * self.scale * self.norms(state.X)
+
+    def above_floor(self, state: S) -> bool:
+        """Whether no error is below `floor`, where that can be told without a pass over ``x``."""
+        return False
 
     def noise(self, B: Tensor) -> Tensor | None:
         """``(k,)``: a problem whose error at zero is no more than this has zero for its answer."""
@@ -218,9 +226,10 @@ class _Run(Generic[S]):
                 self._x.copy_(self.X0)
         return self._x
 
-    def _write(self, columns: Tensor, X: Tensor) -> None:
+    def _write(self, columns: Tensor, X: Tensor, last: bool = False) -> None:
+        """The best iterates of some columns; ``last`` says that none of all is changed any more."""
         if columns.numel() == self.shape[1]:
-            self.x.copy_(X)
+            self._x = X if last else self.x.copy_(X)
         elif columns.numel():
             self.x[:, columns] = X
 
@@ -270,8 +279,12 @@ class _Run(Generic[S]):
         state, at = self.state, self.columns
         negative = state.halt == NEGATIVE
         claimed = (state.error <= self.target[at]) | (state.halt == BREAKDOWN)
-        depth = state.error / self.recurrence.floor(state)  # falls with the error, or as x grows
-        low = (depth <= 1) & (depth <= 0.1 * self.checked[at])
+        low = torch.zeros_like(claimed)
+        if bool(claimed.any()) or not self.recurrence.above_floor(state):
+            depth = state.error / self.recurrence.floor(
+                state
+            )  # falls with the error, or as x grows
+            low = (depth <= 1) & (depth <= 0.1 * self.checked[at])
         due = ((claimed | low) & ~negative).nonzero().squeeze(1)
         ended = torch.zeros_like(negative)
         if due.numel():
@@ -292,13 +305,13 @@ class _Run(Generic[S]):
         better = (
             converged | first | (fresh.error <= 0.9 * self.error[at])
         )  # not by rounding's grace
-        self._write(at[better], some(fresh.X, better))
+        ended = converged | ~(faithful | improved)
+        self._write(at[better], some(fresh.X, better), last=bool(ended.all()))
         self.error[at[better]] = fresh.error[better]
         self.reference[at] = torch.minimum(self.reference[at], fresh.error)
         again = improved & ~converged & ~faithful
         self.checked[at] = torch.where(again, torch.inf, depth)
         state.put(due[again], fresh.take(again))
-        ended = converged | ~(faithful | improved)
         for column, good in zip(at[ended].tolist(), converged[ended].tolist(), strict=True):
             self.status[column] = "converged" if good else "stagnated"
         return ended
@@ -316,7 +329,7 @@ class _Run(Generic[S]):
         at = self.columns[mask]
         X = some(self.state.X, mask)
         self._write(at, X)
-        self.error[at] = self.recurrence.start(some(self.B, at), X).error
+        self.error[at] = self.recurrence.error_at(some(self.B, at), X)
         for column in at.tolist():
             self.status[column] = "negative curvature"
 
@@ -349,10 +362,10 @@ class _Run(Generic[S]):
             return
         at, X = self.columns, self.state.X
         if self.steps:
-            error = self.recurrence.start(some(self.B, at), X).error
+            error = self.recurrence.error_at(some(self.B, at), X)
             # the last iterate, unless rounding has since spoilt one that was checked
             last = self.reference[at].isinf() | (error <= self.error[at])
-            self._write(at[last], some(X, last))
+            self._write(at[last], some(X, last), last=True)
             self.error[at[last]] = error[last]
         for column, good in zip(at.tolist(), (self.error <= self.target)[at].tolist(), strict=True):
             self.status[column] = "converged" if good else status
@@ -382,7 +395,7 @@ class _Run(Generic[S]):
 
     def result(self) -> SolveResult:
         return SolveResult(
-            x=self._as_b(self.x * self.x_size),
+            x=self._as_b(self.x.mul_(self.x_size)),  # not used any more
             status=tuple(self.status),
             residual_norms=self.error * self.error_size,
             targets=self.target * self.error_size,

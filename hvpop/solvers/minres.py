@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ def minres(
     Notes
     -----
     C. C. Paige, M. A. Saunders (1975). The preconditioner must be positive definite even where ``A``
-    is not. Memory: ten blocks ``(n, k)``.
+    is not. Memory: eleven blocks ``(n, k)`` beside ``b``, that of a product included, and four more
+    while a column that seems to be done is checked.
 
     Examples
     --------
@@ -84,6 +86,7 @@ class _State(lockstep.State):
     size: Tensor  # (k,), of T as far as it is known
     error_then: Tensor  # (k,), |r| when it last fell by a hundredth
     moved_then: Tensor  # (k,), |x - x_start| then
+    start_size: Tensor  # (k,), |x_start|
 
 
 class _MinimalResiduals(lockstep.Recurrence[_State]):
@@ -96,19 +99,19 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)
         Z, phi = self._precondition(R)
-        none, zero, one = torch.zeros_like(R), torch.zeros_like(phi), torch.ones_like(phi)
-        scale = _reciprocal(phi)
+        zero, one = torch.zeros_like(phi), torch.ones_like(phi)
+        Q, Z = self._scaled(R.clone(), None if Z is R else Z, phi)
         return _State(
-            X=none.clone() if X is None else X,
-            X_start=none.clone() if X is None else X.clone(),
+            X=torch.zeros_like(R) if X is None else X,
+            X_start=torch.zeros_like(R) if X is None else X.clone(),
             error=self.norms(R),
             halt=torch.full_like(phi, GO, dtype=torch.long),
             R=R,
-            Q=R * scale,
-            Q_last=none.clone(),
-            Z=Z * scale,
-            D=none.clone(),
-            D_last=none,
+            Q=Q,
+            Q_last=torch.zeros_like(R),
+            Z=Z,
+            D=torch.zeros_like(R),
+            D_last=torch.zeros_like(R),
             beta=zero.clone(),
             phi=phi,
             c=one.clone(),
@@ -118,18 +121,27 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
             size=zero,
             error_then=self.norms(R),
             moved_then=torch.zeros_like(phi),
+            start_size=torch.zeros_like(phi) if X is None else self.norms(X),
         )
+
+    def error_at(self, B: Tensor, X: Tensor) -> Tensor:
+        return self.norms(self.residual(B, X))
 
     def step(self, t: _State) -> None:
         # Lanczos: one more column of T
-        Y = self.multiply(t.Z)
-        alpha = self.dots(t.Z, Y)
-        Y.addcmul_(t.Q, alpha, value=-1).addcmul_(t.Q_last, t.beta, value=-1)
-        MY, beta = self._precondition(Y)
+        Y = self.product(t.Z)
+        form, squares, of_products = self.space.together((t.Z, Y), (t.Z, t.Z), (Y, Y))
+        self.learn(squares.sqrt(), of_products.sqrt())
+        alpha = form.to(Y)
+
+        def orthogonalized(part: slice) -> None:
+            Y[part].addcmul_(t.Q[part], alpha, value=-1)
+            Y[part].addcmul_(t.Q_last[part], t.beta, value=-1)
+
+        MY, beta = self._precondition(Y, orthogonalized)
         t.size = torch.maximum(t.size, torch.hypot(torch.hypot(t.beta, alpha), beta))
         beta = torch.where(beta <= self.eps * t.size, 0.0, beta)
-        scale = _reciprocal(beta)
-        Q, Z = Y * scale, MY * scale
+        Q, Z = self._scaled(Y, None if MY is Y else MY, beta)
 
         # the two rotations before act on that column, then a new one removes its last entry
         epsilon = t.s_last * t.beta
@@ -140,29 +152,49 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
         # |A r| / |r| before this step: where it is nothing but rounding, no step reduces the residual.
         # Short of that, an x that runs away while its residual stays has met a singular system.
         slope = torch.hypot(gamma_bar, t.c * beta)
-        moved = self.norms(t.X - t.X_start)
+        moved = self._moved(t)
         falls = t.error <= 0.99 * t.error_then
         t.error_then = torch.where(falls, t.error, t.error_then)
         t.moved_then = torch.where(falls, moved, t.moved_then)
-        usual = self.norms(t.X_start) + t.error / self.scale
+        usual = t.start_size + t.error / self.scale
         runs_away = moved > 10 * torch.maximum(t.moved_then, usual)
         flat = (slope <= 4 * self.eps * t.size) | (gamma == 0) | runs_away
         t.halt = torch.where(flat, BREAKDOWN, GO)
 
         inverse = torch.where(flat, 0.0, _reciprocal(gamma))
         c, s = gamma_bar * inverse, torch.where(flat, 1.0, beta * inverse)
-        D = (t.Z - delta * t.D - epsilon * t.D_last) * inverse
+        D = t.D_last.mul_(-epsilon).addcmul_(t.D, delta, value=-1).add_(t.Z).mul_(inverse)
         t.X.addcmul_(D, c * t.phi)
         t.phi = -s * t.phi
-        t.R = torch.where(flat, t.R, s * s * t.R + (c * t.phi) * Q)
-        t.error = self.norms(t.R)
+        kept, added = torch.where(flat, 1.0, s * s), torch.where(flat, 0.0, c * t.phi)
+        square = self.space.together(
+            (t.R, t.R), first=lambda part: t.R[part].mul_(kept).addcmul_(Q[part], added)
+        )[0]
+        t.error = square.sqrt().to(t.R)
         t.Q_last, t.Q, t.Z, t.D_last, t.D, t.beta = t.Q, Q, Z, t.D, D, beta
         t.c_last, t.s_last, t.c, t.s = t.c, t.s, c, s
 
-    def _precondition(self, R: Tensor) -> tuple[Tensor, Tensor]:
-        """``M R``, and the norms of ``R`` that it defines."""
+    def _moved(self, t: _State) -> Tensor:
+        """``|x - x_start|``, without a block for the difference: what cancels is small beside ``x_start``."""
+        if not bool(t.start_size.any()):
+            return self.norms(t.X)
+        squares, both = self.space.together((t.X, t.X), (t.X, t.X_start))
+        return (squares - 2 * both + t.start_size.double().square()).clamp_min(0).sqrt().to(t.X)
+
+    def _scaled(self, Y: Tensor, MY: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """``Y / beta`` and ``M Y / beta``, in their memory; one and the same without ``M``."""
+        scale = _reciprocal(beta)
+        Q = Y.mul_(scale)
+        return Q, Q if MY is None else MY.mul_(scale)
+
+    def _precondition(
+        self, R: Tensor, first: Callable[[slice], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``M R``, and the norms of ``R`` that it defines; ``first`` makes ``R``."""
         if self.M is None:
-            return R, self.norms(R)
+            return R, self.space.together((R, R), first=first)[0].sqrt().to(R)
+        if first is not None:
+            first(slice(None))
         Z = self.M @ R
         square = self.dots(R, Z)
         checks.positive_form(self.who, self.A, self.M.parts[0], R, square)

@@ -223,5 +223,7 @@ class _Family:
         s, n, k = self.X.shape
         AX = (self.A @ self.X.transpose(0, 1).reshape(n, s * k)).reshape(n, s, k).transpose(0, 1)
         self.products += s * k
-        R: Tensor = self.B - AX - self.C[:, None, None] * self.X
-        return checks.norms(R.transpose(0, 1))
+        residuals = (
+            self.B - AX_i - shift * X_i for AX_i, X_i, shift in zip(AX, self.X, self.C, strict=True)
+        )
+        return torch.stack([checks.norms(R) for R in residuals])

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
+import socket
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, Space
 from . import expression, probes
+from .records import MAGIC, Found, Stored, joined, read, write
 
-_FORMAT = 3
 _PAUSE = 10.0  # seconds between two saves at least, ...
 _SHARE = 0.05  # ... and more where saving would take a larger share of the time than this
 
@@ -44,7 +45,6 @@ class Checkpoint:
         self._target = Path(os.path.realpath(path))  # a link stays one
         self._refuse_place(task)
         self.identity = {
-            "format": _FORMAT,
             "task": task,
             "shape": list(A.shape),
             "dtype": str(A.torch_dtype),
@@ -53,29 +53,53 @@ class Checkpoint:
             "settings": dict(settings),
         }
         self._products = expression.products(A)
+        own = f"{socket.gethostname()} {self._target.name}".encode()
+        self._prefix = f".hvpop-{hashlib.blake2b(own, digest_size=6).hexdigest()}-"
+        self._written: _Written | None = None
         self._device = A.device
         self._saved_at = time.monotonic()
         self._cost = 0.0
         self._warned = False
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, each tensor where it was; None if there is no file yet."""
+        """The state saved last, each tensor where it was; None if there is no file yet.
+
+        Its rows, if it has any, come as `Stored`, to be read into their place.
+        """
+        self._remove_stale()
         try:
-            file = torch.load(self._target, map_location=self._place, weights_only=True)
-            identity = dict(file["identity"])
+            found, end, digest = read(self._target, self._device)
+            identity = dict(found[0].values["identity"])
         except FileNotFoundError:
             return None
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # torch seeks beyond the ends of a file that was cut
-                raise
-            raise self.foreign() from error
-        except Exception as error:  # whatever torch makes of a file of another kind
+        except (IsADirectoryError, PermissionError):
+            raise
+        except Exception as error:  # whatever comes of a file of another kind
             raise self.foreign() from error
         self._refuse_other(identity)
-        if file.get("checksum") != _checksum({**file, "checksum": None}):
-            raise self.foreign()
-        self._refuse_operator(file["products"])
-        return dict(file["state"])
+        try:
+            products = [stored.made() for stored in _products(found[0])]
+            state = self._state(found)
+            self._written = _Written.now(self._target, end, digest, found)
+        except Exception as error:  # of another version, or made up
+            raise self.foreign() from error
+        self._refuse_operator(products)
+        return state
+
+    def _state(self, found: list[Found]) -> dict[str, Any]:
+        values, tensors = found[-1].values, dict(found[-1].tensors)
+        state = {**values["state"]}
+        if values["rows"] is not None:
+            name, _, _, count = values["rows"]
+            state[name] = joined([record.tensors.pop(name) for record in found])
+            tensors.pop(name)
+            if state[name].shape[0] != count:
+                raise ValueError(f"expected {count} rows, found {state[name].shape}")
+        for name, stored in tensors.items():
+            if name in values["state"]:
+                made = stored.made()
+                state[name] = made.T if name in values["transposed"] else made
+        return state
 
     def foreign(self) -> ValueError:
         """What is said of a file that `save` has not written."""
@@ -84,16 +108,19 @@ class Checkpoint:
             "or delete the file"
         )
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the file by ``state``; at any moment the file is either the old or the new one.
+    def save(self, state: Mapping[str, Any], rows: Rows | None = None) -> None:
+        """Save ``state``; what was saved before can be read until that is done.
 
-        What cannot be written is said once: a disk that is full must not cost the result.
+        Where only ``rows`` have been added to since the last save, they are appended with the rest of the
+        state; else the file is replaced. Nothing is copied. What cannot be written is said once: a disk
+        that is full must not cost the result.
         """
         start = time.monotonic()
-        content = {"identity": self.identity, "products": self._products, "state": _alone(state)}
         try:
-            self._write({**content, "checksum": _checksum({**content, "checksum": None})})
+            if not self._append(state, rows):
+                self._replace(state, rows)
         except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
+            self._written = None
             if not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -105,28 +132,70 @@ class Checkpoint:
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - start
 
-    def _write(self, content: Mapping[str, Any]) -> None:
+    def _append(self, state: Mapping[str, Any], rows: Rows | None) -> bool:
+        """Add a record to the file that was written last, if it is still that, and goes on from there."""
+        last = self._written
+        if last is None or rows is None or last.rows is None or not last.rows.continued_by(rows):
+            return False
+        try:
+            descriptor = os.open(
+                self._target, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            )
+        except OSError:
+            return False
+        with open(descriptor, "ab") as file:
+            if not last.same(os.fstat(file.fileno())):
+                return False
+            values, tensors = _content(state, rows, last.rows.count)
+            try:
+                digest = write(file, last.digest, values, tensors)
+                _flush(file)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), last.known.st_size)
+                raise
+            self._written = _Written(os.fstat(file.fileno()), digest, rows.mark())
+        return True
+
+    def _replace(self, state: Mapping[str, Any], rows: Rows | None) -> None:
+        """Write a file anew, and give it the name."""
+        self._remove_stale()
         folder = self._target.parent
-        descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=".hvpop-", dir=folder)
-        temporary = Path(name)
+        prefix = f"{self._prefix}{os.getpid()}-"
+        with _naming:
+            descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=prefix, dir=folder)
+            temporary = Path(name)
+            _open.add(temporary.name)
         try:
             with open(descriptor, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+                values, tensors = _content(state, rows, 0)
+                products = {f"{_PRODUCT}{i}": v for i, v in enumerate(self._products)}
+                file.write(MAGIC)
+                values = {"identity": self.identity, **values}
+                digest = write(file, b"", values, {**tensors, **products})
+                _flush(file)
+                known = os.fstat(file.fileno())
             temporary.replace(self._target)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            _open.discard(temporary.name)
         _sync_folder(folder)
+        self._written = _Written(known, digest, None if rows is None else rows.mark())
+
+    def _remove_stale(self) -> None:
+        """Remove what processes of this host have left that were killed while they wrote here."""
+        if os.name != "posix":
+            return  # to ask for a process is to end it
+        with _naming, contextlib.suppress(OSError):
+            for entry in self._target.parent.glob(f"{self._prefix}*.tmp"):
+                process = entry.name.removeprefix(self._prefix).split("-")[0]
+                if process.isdigit() and entry.name not in _open and not _alive(int(process)):
+                    entry.unlink(missing_ok=True)
 
     def due(self) -> bool:
         """Whether it is time to save again."""
         return time.monotonic() - self._saved_at > max(_PAUSE, self._cost / _SHARE)
-
-    def _place(self, storage: Any, location: str) -> Any:
-        where = location if location == "cpu" else str(self._device)
-        return torch.serialization.default_restore_location(storage, where)
 
     def _refuse_place(self, task: str) -> None:
         """Refuse a path where no file can be, before there is work that would be lost."""
@@ -159,41 +228,100 @@ class Checkpoint:
             )
 
 
-def _alone(state: Mapping[str, Any]) -> dict[str, Any]:
-    """``state`` with no more memory behind a tensor than it shows: torch saves all that is behind one."""
+@dataclass(frozen=True)
+class Mark:
+    """Which rows are in a file."""
 
-    def own(part: Any) -> Any:
-        if not isinstance(part, Tensor) or part.untyped_storage().nbytes() == part.nbytes:
-            return part
-        if part.device.type == "cpu" and part.is_contiguous():
-            return torch.from_numpy(part.detach().numpy())  # the same memory, its end seen
-        return part.clone()
+    name: str
+    generation: int
+    count: int
 
-    return {key: own(part) for key, part in state.items()}
+    def continued_by(self, rows: Rows) -> bool:
+        same = self.name == rows.name and self.generation == rows.generation
+        return same and self.count <= rows.values.shape[0]
 
 
-def _checksum(content: Any) -> str:
-    """Of nested mappings, lists, tensors and plain values: their types, shapes and bits."""
-    hashed = hashlib.blake2b(digest_size=16)
+@dataclass(frozen=True)
+class Rows:
+    """A part of a state that grows by rows; those that are there change with the generation only."""
 
-    def feed(part: Any) -> None:
-        if isinstance(part, Tensor):
-            hashed.update(repr((part.dtype, tuple(part.shape))).encode())
-            bits = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            hashed.update(bits.numpy().data)
-        elif isinstance(part, Mapping):
-            for key in sorted(part, key=repr):
-                hashed.update(repr(key).encode())
-                feed(part[key])
-        elif isinstance(part, list | tuple):
-            hashed.update(repr(len(part)).encode())
-            for item in part:
-                feed(item)
-        else:
-            hashed.update(repr(part).encode())
+    name: str
+    values: Tensor  # (count, n)
+    generation: int
 
-    feed(content)
-    return hashed.hexdigest()
+    def mark(self) -> Mark:
+        return Mark(self.name, self.generation, self.values.shape[0])
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The file as this process has written or read it last."""
+
+    known: os.stat_result
+    digest: bytes
+    rows: Mark | None
+
+    def same(self, now: os.stat_result) -> bool:
+        mine, theirs = self.known, now
+        return (mine.st_ino, mine.st_dev, mine.st_size) == (
+            theirs.st_ino,
+            theirs.st_dev,
+            theirs.st_size,
+        )
+
+    @staticmethod
+    def now(path: Path, end: int, digest: bytes, found: list[Found]) -> _Written | None:
+        """None where something torn is at the end: that file is to be replaced."""
+        known, rows = path.stat(), found[-1].values["rows"]
+        mark = None if rows is None else Mark(rows[0], rows[1], rows[3])
+        return _Written(known, digest, mark) if known.st_size == end else None
+
+
+_PRODUCT = "product "
+_LARGE = 1 << 12  # numbers, from which on a tensor is written as it is
+_open: set[str] = set()  # the names of files that are being written ...
+_naming = threading.Lock()  # ... complete where this is held
+
+
+def _content(
+    state: Mapping[str, Any], rows: Rows | None, first: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plain values of a record, and its tensors: large ones, and the rows from ``first`` on."""
+    tensors, small, transposed = {}, dict(state), []
+    for name, part in state.items():
+        if isinstance(part, Tensor) and part.numel() >= _LARGE and part.dtype.is_floating_point:
+            if part.ndim == 2 and part.T.is_contiguous() and not part.is_contiguous():
+                transposed.append(name)
+            tensors[name] = part.T if name in transposed else part.contiguous()
+            small[name] = None
+        elif isinstance(part, Tensor):
+            small[name] = part.clone()  # torch saves all that is behind a tensor
+    place = None
+    if rows is not None:
+        place = [rows.name, rows.generation, first, rows.values.shape[0]]
+        tensors[rows.name] = rows.values[first:]
+    return {"state": small, "rows": place, "transposed": transposed}, tensors
+
+
+def _products(first: Found) -> list[Stored]:
+    return [stored for name, stored in first.tensors.items() if name.startswith(_PRODUCT)]
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # not one of those being written
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def digest(V: Tensor | None) -> str | None:

@@ -15,7 +15,7 @@ from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
 from . import probes
-from .checkpoint import digest
+from .checkpoint import Rows, digest
 from .loop import Task
 from .results import Eigenpairs, Status
 
@@ -137,7 +137,7 @@ class Lanczos(Task[Krylov]):
         X, j, b = state.X, state.size, state.X.shape[1]
         size = j + b
         F = self.source @ X
-        state.Q[j:size] = X.T
+        state.Q.T[:, j:size] = X  # the other way round torch takes a vector for a transpose
         outside, C, F = self._against(F, state)
         T = torch.zeros(size, size, dtype=torch.float64)
         T[:j, :j] = state.T
@@ -529,13 +529,17 @@ class Lanczos(Task[Krylov]):
         search = None if state.search is None else dict(vars(state.search))
         history = [list(pair) for pair in state.history]
         packed = {**super().pack(state), "search": search, "history": history}
-        return {**packed, "Q": state.Q[: state.size], "unit": self.source.unit}
+        del packed["Q"]
+        return {**packed, "unit": self.source.unit}
+
+    def rows(self, state: Krylov) -> Rows:
+        return Rows("Q", state.Q[: state.size], state.restarts)
 
     def unpack(self, saved: Mapping[str, Any]) -> Krylov:
         fields = dict(saved)
         self.source.unit = fields.pop("unit")
         Q = self.space.empty(self.basis).T
-        Q[: fields["size"]] = fields["Q"]
+        fields["Q"].read(Q[: fields["size"]])
         fields["Q"] = Q
         fields["history"] = tuple((count, worst) for count, worst in fields["history"])
         if fields["search"] is not None:
@@ -584,7 +588,13 @@ class Turn:
 
 def _subtract(V: Tensor, Q: Tensor, C: Tensor) -> Tensor:
     """``V - Q C``, in the memory of ``V``."""
-    return V.addmm_(Q, C.to(V), alpha=-1)
+    C = C.to(V)
+    if Q.shape[1] == 1:
+        return V.addcmul_(Q, C, value=-1)
+    if V.shape[1] == 1:
+        V[:, 0].addmv_(Q, C[:, 0], alpha=-1)
+        return V
+    return V.addmm_(Q, C, alpha=-1)
 
 
 def _basis(n: int, k: int, block: int) -> int:

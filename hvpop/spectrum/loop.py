@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from ..operators import LinearOperator
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Rows
 from .results import Status
 
 
@@ -74,6 +74,10 @@ class Task(ABC, Generic[S]):
         fields = dataclasses.fields(state)  # type: ignore[arg-type]
         return {field.name: getattr(state, field.name) for field in fields}
 
+    def rows(self, state: S) -> Rows | None:
+        """What `pack` leaves out, because it grows by rows."""
+        return None
+
     @abstractmethod
     def unpack(self, saved: Mapping[str, Any]) -> S:
         """The inverse of `pack`."""
@@ -95,6 +99,7 @@ def run(
             state = None if saved is None else task.unpack(saved)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise file.foreign() from error
+    saved_last = state
     if state is None:
         state = task.start()
     status: Status
@@ -110,7 +115,8 @@ def run(
                     bar.set_postfix_str(task.report(state), refresh=False)
                     bar.update(state.products - before)
                 if file is not None and file.due():
-                    file.save(task.pack(state))
+                    file.save(task.pack(state), task.rows(state))
+                    saved_last = state
         status = task.short(state) if verdict is None else verdict
     except KeyboardInterrupt:
         state = task.recovered(state)
@@ -121,8 +127,8 @@ def run(
         if bar is not None:
             bar.close()
         state = task.recovered(state)
-        if file is not None and state.products > 0:
-            file.save(task.pack(state))
+        if file is not None and state.products > 0 and state is not saved_last:
+            file.save(task.pack(state), task.rows(state))
     return state, status
 
 

@@ -66,7 +66,8 @@ class _Frobenius(SplitSampling):
         return super().hopeless() or (not self.A.symmetric and (tight or not large))
 
     def of_matrix(self, known: Known) -> Tensor:
-        part = self.A.T.space.norms(known.AQ).square().sum().sqrt().cpu()
+        space = self.space if self.wide else self.A.T.space
+        part = space.norms(known.AQ).square().sum().sqrt().cpu()
         extrapolated: Tensor = part * (self.order / max(1, known.count)) ** 0.5
         return extrapolated
 

@@ -33,5 +33,15 @@ def sphere(space: Space, count: int, *key: object, skip: int = 0) -> Tensor:
 def signs(space: Space, count: int, *key: object, skip: int = 0) -> Tensor:
     """Columns of independent signs, +1 or -1 (Rademacher)."""
     source = generator(space.device, *key)
-    V = space.random(lambda v: v.random_(0, 2, generator=source), count, skip)
-    return V.mul_(2).sub_(1)
+    bits = torch.arange(256, device=space.device)[:, None] >> torch.arange(8, device=space.device)
+    of_bytes = ((bits & 1) * 2 - 1).to(space.dtype)  # (256, 8)
+
+    def fill(v: Tensor) -> None:
+        """Eight signs from a random byte: random numbers are dear."""
+        draws = torch.empty(-(-len(v) // 8), dtype=torch.uint8, device=v.device)
+        places = draws.random_(generator=source).int()
+        whole = len(v) // 8 * 8
+        torch.index_select(of_bytes, 0, places[: whole // 8], out=v[:whole].view(-1, 8))
+        v[whole:] = of_bytes[int(places[-1]), : len(v) - whole]
+
+    return space.random(fill, count, skip)

@@ -38,18 +38,18 @@ class Counted:
         )  # fmt: skip
 
     def _times(self, V: Tensor) -> Tensor:
-        start = time.perf_counter()
+        start = time.process_time()
         Y = self.d[:, None] * V
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         self.products += V.shape[1]
         return Y
 
     def beside(self, call: Callable[[], object]) -> float:
         """Milliseconds a product that a call spends outside of the products."""
         self.products, self.seconds = 0, 0.0
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        return 1e3 * (time.perf_counter() - start - self.seconds) / self.products
+        return 1e3 * (time.process_time() - start - self.seconds) / self.products
 
 
 def contests(n: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -106,12 +106,12 @@ def block_against_singles(n: int) -> float:
     V = A.space.random(lambda v: v.normal_(), 8)
     ratios = []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = time.process_time()
         A @ V
-        middle = time.perf_counter()
+        middle = time.process_time()
         for i in range(8):
             A @ V[:, i]
-        ratios.append((middle - start) / (time.perf_counter() - middle))
+        ratios.append((middle - start) / (time.process_time() - middle))
     return statistics.median(ratios)
 
 

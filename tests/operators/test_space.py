@@ -25,28 +25,61 @@ def normal(n: int, k: int, seed: int = 0) -> Tensor:
     return torch.randn(k, n, generator=generator).T
 
 
+# BLAS adds up 2^15 products of float32 numbers in lanes of 16 at least, and rounds each time.
+SHORT = (1 << 11) * F32 / 2
+
+
 @pytest.mark.parametrize("n", [1, 5, 1024, 70_001, 1_000_003])
-def test_inner_products_are_those_of_float64(n: int) -> None:
+def test_inner_products_are_right_to_the_precision_of_the_vectors(n: int) -> None:
     X, Y = normal(n, 3).abs_(), normal(n, 3, seed=1)
     S, exact = space(n), X.double().T @ Y.double()
-    sizes = X.double().norm(dim=0)[:, None] * Y.double().norm(dim=0)
+    sizes = X.double().T @ Y.double().abs()
     assert ((S.inner(X, Y) - exact).abs() <= n * 2.0**-52 * sizes).all()
-    assert ((S.dots(X, Y) - exact.diagonal()).abs() <= n * 2.0**-52 * sizes.diagonal()).all()
-    torch.testing.assert_close(S.norms(X), X.double().norm(dim=0), rtol=n * 2.0**-52, atol=0)
+    assert ((S.inner(X, Y[:, :1]) - exact[:, :1]).abs() <= SHORT * sizes[:, :1]).all()
+    assert ((S.inner(X[:, :1], Y) - exact[:1]).abs() <= SHORT * sizes[:1]).all()
+    assert ((S.dots(X, Y) - exact.diagonal()).abs() <= SHORT * sizes.diagonal()).all()
+    torch.testing.assert_close(S.norms(X), X.double().norm(dim=0), rtol=SHORT, atol=0)
     assert torch.equal(S.largest(Y), Y.abs().amax(0))
 
 
+@pytest.mark.parametrize("n", [5, 1_000_003])
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_pass_updates_vectors_and_sums_what_they_have_become(n: int, k: int) -> None:
+    X, Y = normal(n, k), normal(n, k, seed=1)
+    expected = X + Y
+    sums = space(n).together((X, X), (X, Y), first=lambda part: X[part].add_(Y[part]))
+    assert torch.equal(X, expected)
+    for total, other in zip(sums, (X, Y), strict=True):
+        exact = X.double().mul(other).sum(0)
+        sizes = X.double().abs().mul(other.abs()).sum(0)
+        assert ((total - exact).abs() <= SHORT * sizes).all()
+
+
 def test_the_square_of_a_constant_is_right_where_plain_float32_is_not() -> None:
-    n = 1_000_000
+    n = 4_000_000
     x = torch.full((n, 1), 0.1)
     exact = n * float(x[0, 0]) ** 2
-    assert abs(float(space(n).dots(x, x)) / exact - 1) < 1e-12
+    both = torch.cat([x, x], 1)
+    for total in (space(n).dots(x, x), space(n).norms(x) ** 2, space(n).inner(both, x)):
+        assert ((total / exact - 1).abs() <= SHORT).all()  # all round alike
+
+
+def test_sums_of_any_numbers_are_right_to_less_than_a_rounding() -> None:
+    x = normal(4_000_000, 1)
+    exact = x.double().square().sum(0)
+    assert abs(float(space(4_000_000).dots(x, x) / exact) - 1) < F32
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_norms_do_not_over_or_underflow(scale: float) -> None:
     x = torch.full((100, 1), scale)
     assert abs(float(space(100).norms(x)) / (10 * float(x[0, 0])) - 1) < 1e-12
+    x = torch.full((200_000, 1), scale)
+    assert abs(float(space(200_000).norms(x)) / (200_000**0.5 * float(x[0, 0])) - 1) < F32
+    assert (
+        abs(float(space(200_000).inner(torch.cat([x, x], 1), x)[1, 0]) / float(x[0, 0]) ** 2 - 2e5)
+        < 1
+    )
     y = torch.full((100, 1), scale**6, dtype=torch.float64)
     assert abs(float(space(100, torch.float64).norms(y)) / (10 * scale**6) - 1) < 1e-12
 

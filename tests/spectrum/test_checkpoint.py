@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from hvpop.spectrum import (
     eigsh,
     frobenius_norm,
     logdet,
+    records,
     spectral_density,
     spectral_norm,
     trace,
@@ -215,31 +220,13 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
-def without(state: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != key}
-
-
-DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no Q": lambda s: without(s, "Q"),
-    "no products": lambda s: without(s, "products"),
-    "too large": lambda s: {**s, "size": 10**6},
-    "another shape": lambda s: {**s, "Q": s["Q"][:, :-1]},
-    "another type": lambda s: {**s, "T": s["T"].tolist()},
-    "another dtype": lambda s: {**s, "X": s["X"].float()},
-    "nan": lambda s: {**s, "Q": s["Q"] * torch.nan},
-    "negative": lambda s: {**s, "products": -(10**6)},
-    "one more": lambda s: {**s, "zz": 1},
-    "a list": lambda s: [1],
-    "nothing": lambda s: None,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_state_that_was_changed_is_no_checkpoint(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.6, 0.9, 0.999])
+def test_a_file_with_one_other_bit_is_no_checkpoint(share: float, tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     run_with(A, path)
-    file = torch.load(path, weights_only=True)
-    torch.save({**file, "state": DAMAGES[damage](file["state"])}, path)
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 4
+    path.write_bytes(content)
     watched = Watched(A)
     with pytest.raises(ValueError, match="is not a checkpoint of hvpop"):
         run_with(watched.operator, path)
@@ -256,10 +243,17 @@ def test_a_truncated_file_is_no_checkpoint(share: float, tmp_path: Path) -> None
         eigsh(A, 4, checkpoint=path)
 
 
+def whole(content: Any, path: Path) -> None:
+    """A file with everything right but what it holds."""
+    with open(path, "wb") as file:
+        file.write(records.MAGIC)
+        records.write(file, b"", content, {})
+
+
 @pytest.mark.parametrize("wrap", [lambda h: h, lambda h: {"identity": h, "state": {}}])
 def test_a_file_runs_no_code(wrap: Callable[[Hostile], object], tmp_path: Path) -> None:
     path, mark = tmp_path / "state.pt", tmp_path / "ran"
-    for write in (torch.save, lambda content, p: p.write_bytes(pickle.dumps(content))):
+    for write in (torch.save, lambda content, p: p.write_bytes(pickle.dumps(content)), whole):
         write(wrap(Hostile(mark)), path)
         with pytest.raises(ValueError, match="is not a checkpoint of hvpop"):
             eigsh(A, 4, checkpoint=path)
@@ -324,7 +318,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(
         file.write(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.torch, "save", full_disk)
+    monkeypatch.setattr(torch, "save", full_disk)
     with pytest.warns(RuntimeWarning, match="state.pt cannot be written .*disk full") as warned:
         assert eigsh(A, 4, checkpoint=path).status == "converged"
     assert len(warned) == 1
@@ -398,3 +392,60 @@ def test_a_long_run_saves_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     eigsh(Looking(A.shape, dtype=F64, device="cpu", symmetric=True), 4, checkpoint=path)
     assert seen[:2] == [False, False]  # the fingerprint and the first product
     assert all(seen[2:])
+
+
+def test_steps_are_appended_until_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PAUSE", 0.0)
+    monkeypatch.setattr(files, "_SHARE", 1e9)
+    path, seen = tmp_path / "state.pt", []
+
+    def product(V: torch.Tensor) -> torch.Tensor:
+        seen.append((path.stat().st_ino, path.stat().st_size) if path.exists() else None)
+        return D @ V
+
+    D = Diagonal(torch.linspace(0, 1, 20_000, dtype=F64))
+    watched = FromFunction(product, D.shape, symmetric=True)
+    eigsh(watched, 2, basis=12, max_products=30, checkpoint=path)
+    sizes = [s for s in seen if s is not None]
+    vector = 8 * D.shape[0]
+    steps = [(a, b) for a, b in pairwise(sizes) if a[0] == b[0]]
+    assert len(steps) > 2 * len(sizes) // 3  # all but the restarts
+    # a row and the vector after it, and what is small
+    assert all(b[1] - a[1] < 2.2 * vector for a, b in steps)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("lost", [1, 100, 100_000])
+def test_of_a_torn_write_the_last_whole_state_is_used(
+    lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    D, path = Diagonal(torch.linspace(0, 1, 20_000, dtype=F64)), tmp_path / "state.pt"
+    expected = eigsh(D, 2, basis=12, max_products=40)
+    monkeypatch.setattr(files, "_PAUSE", 0.0)
+    monkeypatch.setattr(files, "_SHARE", 1e9)
+    eigsh(D, 2, basis=12, max_products=10, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-lost])
+    found = eigsh(D, 2, basis=12, max_products=9, checkpoint=path)
+    assert found.products == 9  # of ten
+    resumed = eigsh(D, 2, basis=12, max_products=40, checkpoint=path)
+    for mine, theirs in zip(bits(resumed), bits(expected), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    path, other = tmp_path / "state.pt", tmp_path / "other.pt"
+    script = (
+        "import os, signal, sys, torch; from hvpop import Diagonal; from hvpop.spectrum import eigsh, checkpoint\n"
+        "checkpoint._flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=sys.argv[1])"
+    )
+    for target in (path, path, other):
+        done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True)
+        assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".hvpop-*.tmp"))) == 2  # the second has removed that of the first
+    eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=path)
+    left = [entry.name for entry in tmp_path.iterdir()]
+    assert "state.pt" in left
+    assert len(left) == 2  # one of the other path

@@ -1,0 +1,161 @@
+"""Records in a file, one behind the other: each with plain values and large tensors, none of them copied."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+MAGIC = b"hvpop checkpoint 4\n"
+_HEAD = struct.Struct(">QQ")  # bytes of the values, bytes of the tensors behind them
+_DIGEST = 16  # bytes; a record's covers those of all before it
+_PIECE = 1 << 24  # numbers or bytes at a time
+_DTYPES = {str(t): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, read when it is wanted, into memory that is there already."""
+
+    path: Path
+    places: tuple[tuple[int, int], ...]  # (offset, rows)
+    shape: tuple[int, ...]  # all rows
+    dtype: torch.dtype
+    device: torch.device  # where it was, on this machine
+
+    def read(self, out: Tensor) -> Tensor:
+        """``out``, contiguous and of this shape, filled."""
+        if tuple(out.shape) != self.shape or out.dtype is not self.dtype:
+            raise ValueError(
+                f"expected {self.shape} {self.dtype}, got {tuple(out.shape)} {out.dtype}"
+            )
+        with open(self.path, "rb") as file:
+            row = 0
+            for offset, rows in self.places:
+                file.seek(offset)
+                for piece in out[row : row + rows].view(-1).split(_PIECE):
+                    host = (
+                        piece
+                        if piece.device.type == "cpu"
+                        else torch.empty_like(piece, device="cpu")
+                    )
+                    if file.readinto(_bytes(host)) != host.nbytes:
+                        raise ValueError(f"{self.path} ends too early")
+                    if host is not piece:
+                        piece.copy_(host)
+                row += rows
+        return out
+
+    def made(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        return self.read(torch.empty(self.shape, dtype=self.dtype, device=self.device))
+
+
+def joined(parts: list[Stored]) -> Stored:
+    """The rows of all parts, one behind the other."""
+    places = tuple(place for part in parts for place in part.places)
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return replace(parts[0], places=places, shape=shape)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole record: its values, and its tensors by name."""
+
+    values: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+def write(
+    file: BinaryIO, before: bytes, values: dict[str, Any], tensors: dict[str, Tensor]
+) -> bytes:
+    """Write a record behind that with the digest ``before``; returns its own."""
+    kinds = [
+        [name, str(t.dtype), list(t.shape), t.device.type == "cpu"] for name, t in tensors.items()
+    ]
+    buffer = io.BytesIO()
+    torch.save({"values": values, "tensors": kinds}, buffer)
+    hashed = hashlib.blake2b(before, digest_size=_DIGEST)
+
+    def put(part: Any) -> None:
+        hashed.update(part)
+        file.write(part)
+
+    put(_HEAD.pack(buffer.tell(), sum(t.nbytes for t in tensors.values())))
+    put(buffer.getbuffer())
+    for tensor in tensors.values():
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            put(_bytes(piece.cpu()))
+    file.write(hashed.digest())
+    return hashed.digest()
+
+
+def read(path: Path, device: torch.device) -> tuple[list[Found], int, bytes]:
+    """The whole records of a file, where they end, and the digest of the last; none of another file.
+
+    What a write that was cut short has left behind them is not looked at. Tensors that were not on the
+    host go to ``device``.
+    """
+    found: list[Found] = []
+    digest = b""
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            return found, 0, digest
+        end, size = file.tell(), path.stat().st_size
+        while (after := _checked(file, size, digest)) is not None:
+            file.seek(end)
+            found.append(_record(file, path, device))
+            end, digest = after
+            file.seek(end)
+    return found, end, digest
+
+
+def _checked(file: BinaryIO, size: int, before: bytes) -> tuple[int, bytes] | None:
+    """Where the record that begins here ends, and its digest; None where none is whole."""
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size or file.tell() + sum(_HEAD.unpack(head)) + _DIGEST > size:
+        return None
+    hashed = hashlib.blake2b(before, digest_size=_DIGEST)
+    hashed.update(head)
+    for piece in _pieces(file, sum(_HEAD.unpack(head))):
+        hashed.update(piece)
+    whole = file.read(_DIGEST) == hashed.digest()
+    return (file.tell(), hashed.digest()) if whole else None
+
+
+def _record(file: BinaryIO, path: Path, device: torch.device) -> Found:
+    length = _HEAD.unpack(file.read(_HEAD.size))[0]
+
+    def place(storage: Any, location: str) -> Any:
+        where = location if location == "cpu" else str(device)
+        return torch.serialization.default_restore_location(storage, where)
+
+    values = io.BytesIO(file.read(length))
+    content = torch.load(values, map_location=place, weights_only=True)
+    offset, tensors = file.tell(), {}
+    for name, kind, shape, on_host in content["tensors"]:
+        home = torch.device("cpu") if on_host else device
+        stored = Stored(path, ((offset, shape[0]),), tuple(shape), _DTYPES[kind], home)
+        tensors[name] = stored
+        offset += math.prod(shape) * stored.dtype.itemsize
+    return Found(content["values"], tensors)
+
+
+def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
+    while length:
+        piece = file.read(min(length, _PIECE))
+        length -= len(piece)
+        yield piece
+
+
+def _bytes(piece: Tensor) -> Any:
+    """The memory of a flat tensor on the host."""
+    return piece.view(torch.uint8).numpy().data
