@@ -98,15 +98,30 @@ class Team:
         """The smallest over processes, in place."""
         return self._sent(tensor, dist.all_reduce, dist.ReduceOp.MIN)
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest over processes, in place."""
+        return self._sent(tensor, dist.all_reduce, dist.ReduceOp.MAX)
+
+    def side_by_side(self, tensor: Tensor) -> Tensor:
+        """Those of all processes, in the order of ranks: ``(size, *shape)``."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        found = tensor.new_empty(self.size, *tensor.shape)
+        self._sent(tensor.contiguous(), dist.all_gather, list(found.unbind()), first=True)
+        return found
+
     def share(self, tensor: Tensor, rank: int) -> Tensor:
         """What one process has, in place."""
         return self._sent(tensor, dist.broadcast, rank)
 
-    def _sent(self, tensor: Tensor, send: Callable[..., Any], *how: Any) -> Tensor:
+    def _sent(
+        self, tensor: Tensor, send: Callable[..., Any], *how: Any, first: bool = False
+    ) -> Tensor:
+        """Send ``tensor``, the first argument of ``send`` unless ``how`` comes first."""
         if self.size > 1:
             self.traffic.collectives += 1
             self.traffic.bytes += tensor.nbytes
-            self._waiting(send, self.data, tensor, *how)
+            self._waiting(send, self.data, *((*how, tensor) if first else (tensor, *how)))
         return tensor
 
     # -- words ------------------------------------------------------------------------------------
