@@ -114,6 +114,14 @@ def test_newton_reaches_the_minimum_of_l_bfgs_with_less_work(
     assert "Newton-CG" in capsys.readouterr().out
 
 
+def test_a_spectrum_over_processes_is_that_of_one_alone(
+    somewhere_else: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = load("distributed_spectrum").main(k=2)
+    assert (np.load(somewhere_else / "output" / "eigenvalues.npy") == found).all()
+    assert "2 largest eigenvalues, converged" in capsys.readouterr().out
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     missing = [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in source]
