@@ -296,3 +296,10 @@ def leads() -> bool:
     distributed: Any = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return not ready or distributed.get_rank() == 0
+
+
+def all_gather() -> Any:
+    """Gathers tensors into one: of a new name since 2.13, which warns of the old one."""
+    distributed: Any = torch.distributed
+    new = getattr(distributed, "all_gather_single", None)
+    return new or distributed.all_gather_into_tensor

@@ -66,13 +66,17 @@ def hashed(things: Iterable[Tensor | str]) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bits as integers of the tensor's own size: of smaller ones sums take longer."""
+    """The bits as integers, of eight bytes where they divide into such: of smaller ones sums take longer."""
     dense = tensor.detach()
     if dense.layout is not torch.strided:
         dense = dense.to_dense()
     if not dense.is_contiguous() and dense.T.is_contiguous():
         dense = dense.T
-    return dense.reshape(-1).view(_INTEGERS[min(dense.element_size(), 8)])
+    flat = dense.reshape(-1)
+    wide = min(flat.element_size(), 8)
+    if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0:
+        wide = 8
+    return flat.view(_INTEGERS[wide])
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -224,7 +224,7 @@ class DataParallel(LinearOperator):
     def _locally(self, V: Tensor, interrupts: Deferred) -> _Local:
         """What this process has to add; whatever fails is told to the others."""
         A = self.source
-        local = _Local(torch.zeros_like(V, memory_format=torch.contiguous_format))
+        local = _Local(V)
         try:
             with interrupts.allowed(), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -237,6 +237,8 @@ class DataParallel(LinearOperator):
                     local.Y, local.weight, local.data = Y.contiguous(), total.weight, True
                 if not self._looked:
                     local.first = A.risk.first_batch()
+            if not local.data:
+                local.Y = torch.zeros_like(V, memory_format=torch.contiguous_format)
         except BaseException as error:
             local.error = error
             self.team.say("error", words(error))

@@ -107,7 +107,8 @@ class Team:
         if self.size == 1:
             return tensor.unsqueeze(0)
         found = tensor.new_empty(self.size, *tensor.shape)
-        self._sent(tensor.contiguous(), dist.all_gather, list(found.unbind()), first=True)
+        flat = found.view(-1)  # one piece of memory: lists of tensors are copied once more
+        self._sent(tensor.contiguous().view(-1), _torch.all_gather(), flat, first=True)
         return found
 
     def share(self, tensor: Tensor, rank: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from functools import cache
 from typing import Any
 
@@ -106,3 +108,37 @@ def test_systems_are_solved() -> None:
         np.testing.assert_allclose(at(2)[0][name][0], x, rtol=0, atol=1e-8 * abs(x).max())
     largest = torch.linalg.eigvalsh(M)[-4:].numpy()
     np.testing.assert_allclose(at(2)[0]["eigsh"][0][0], largest, rtol=1e-10)
+
+
+LONG = 1_000_000  # entries; forty vectors of them take 153 MiB
+
+
+def peak(team: Team) -> float:
+    """MiB beside what was there before that `eigsh` with forty vectors takes at most."""
+    import psutil
+
+    A = Sharded(Diagonal(torch.linspace(1, 2, LONG)), team)
+    process = psutil.Process()
+    highest, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            highest[0] = max(highest[0], float(process.memory_info().rss))
+            time.sleep(0.002)
+
+    spectrum.eigsh(A, 2, basis=40, max_products=2)  # what is loaded and kept at the first use
+    before = float(process.memory_info().rss)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = spectrum.eigsh(A, 2, basis=40, max_products=42)
+    over.set()
+    watcher.join()
+    assert found.products >= 40
+    return (highest[0] - before) / 2**20
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_process_keeps_its_share_of_the_basis_and_a_few_whole_vectors(ranks: int) -> None:
+    vector = LONG * 4 / 2**20
+    # of a product: what is gathered, what it gives, what gloo sends; and what an allocator holds on to
+    assert max(worlds.all_of(peak, ranks)) <= (40 + 4) / ranks * vector + 10 * vector
