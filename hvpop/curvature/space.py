@@ -102,9 +102,11 @@ def to_point(V: Tensor, layout: Layout, point: Params) -> Params:
 def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     """The inverse of `to_point`, in the dtype and device of ``V``."""
     k = V.shape[1]
-    rows = crossing.empty((k, V.shape[0]), V.dtype, V.device)
+    pieces = [_like(p.reshape(k, -1), V) for p in products]
+    # of a rectangular matrix products are not as long as vectors
+    rows = crossing.empty((k, sum(p.shape[1] for p in pieces)), V.dtype, V.device)
     with torch.no_grad():
-        return torch.cat([_like(p.reshape(k, -1), V) for p in products], dim=1, out=rows).T
+        return torch.cat(pieces, dim=1, out=rows).T
 
 
 def scale_of(V: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
