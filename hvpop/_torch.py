@@ -254,3 +254,78 @@ unwrap_dead_wrappers: Any = getattr(functorch_utils, "unwrap_dead_wrappers", Non
 eager_transforms = import_module("torch._functorch.eager_transforms")
 wrap_for_grad: Any = getattr(eager_transforms, "_wrap_for_grad", None)
 """Called by `torch.func.grad` with what it differentiates by."""
+
+
+# --- several processes -------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """The store that torch.distributed was initialized with (since 1.0); it has no public getter."""
+    name = "torch.distributed.distributed_c10d._get_default_store"
+    return _private(name, "to let processes leave words for each other")()
+
+
+def _is_a(thing: Any, name: str) -> bool:
+    """Whether it is of a class of torch.distributed, which takes seconds to import."""
+    return any(
+        kind.__name__ == name and kind.__module__.startswith("torch.distributed")
+        for kind in type(thing).__mro__
+    )
+
+
+def is_fsdp2(module: Any) -> bool:
+    """Whether `fully_shard` was called on a module (since 2.6)."""
+    return _is_a(module, "FSDPModule")
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return _is_a(tensor, "DTensor")
+
+
+def resharding(module: Any) -> list[dict[str, Any]]:
+    """The switches of an FSDP2 module, of which torch has setters alone."""
+    return [
+        {name: vars(part)[name] for name in _SWITCHES if name in vars(part)}
+        for part in _fsdp_parts(module)
+    ]
+
+
+def set_resharding(module: Any, switches: list[dict[str, Any]]) -> None:
+    """The switches as they were."""
+    for part, values in zip(_fsdp_parts(module), switches, strict=True):
+        vars(part).update(values)
+
+
+_SWITCHES = (
+    "_auto_reshard_after_forward",
+    "post_forward_mesh_info",
+    "reshard_after_backward",
+    "reduce_grads",
+    "all_reduce_grads",
+)
+
+
+def _fsdp_parts(module: Any) -> list[Any]:
+    try:
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # several since 2.12
+        if groups is None:
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    except AttributeError:
+        raise ImportError(_gone("the state of FSDPModule", "to leave it as it was")) from None
+    return [state, *groups]
+
+
+def leads() -> bool:
+    """Whether this process speaks for all that there are: rank 0, or the only one."""
+    distributed: Any = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return not ready or distributed.get_rank() == 0
+
+
+def all_gather() -> Any:
+    """Gathers tensors into one: of a new name since 2.13, which warns of the old one."""
+    distributed: Any = torch.distributed
+    new = getattr(distributed, "all_gather_single", None)
+    return new or distributed.all_gather_into_tensor

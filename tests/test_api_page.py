@@ -14,6 +14,7 @@ import pytest
 import hvpop
 from hvpop import (
     curvature,
+    distributed,
     functional,
     integrations,
     plotting,
@@ -57,6 +58,7 @@ PACKAGES: dict[ModuleType, str] = {
     solvers: "[Solving](solvers.md): systems, inverses, functions of an operator.",
     spectrum: "[Spectra](spectrum.md): eigenvalues, and estimates with their error.",
     plotting: "[Pictures](spectrum.md#pictures) of results; needs the extra `plot`.",
+    distributed: "[Many processes](distributed.md) of torchrun; a journal for any solver.",
     strategies: "[How to differentiate twice](strategies.md).",
     risk: "[Model, loss and data](concepts.md) as weighted scalar functions.",
     curvature: "What `HessianOperator` returns.",

@@ -121,6 +121,14 @@ def test_gauss_newton_ends_where_least_squares_does(capsys: pytest.CaptureFixtur
     assert "<400x9 JacobianOperator float64 cpu>" in capsys.readouterr().out
 
 
+def test_a_spectrum_over_processes_is_that_of_one_alone(
+    somewhere_else: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = load("distributed_spectrum").main(k=2)
+    assert (np.load(somewhere_else / "output" / "eigenvalues.npy") == found).all()
+    assert "2 largest eigenvalues, converged" in capsys.readouterr().out
+
+
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     missing = [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +13,12 @@ from torch import Tensor
 
 from ..exchange import guarded
 from ..operators import BatchForms, Layout, LinearOperator
-from ..operators.algebra import Product, Transposed
 from ..risk import EmpiricalRisk
 from ..risk.modules import Selection
-from ..strategies import HVPStrategy, Params
+from ..strategies import FirstThatWorks, HVPStrategy, Params
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
-from .blocks import picked
+from .blocks import between
 from .check import CheckResult, check
 from .cost import Cost, cost, timed
 from .diagnosis import culprit
@@ -68,6 +68,20 @@ class DataAverage(LinearOperator):
         """Where a product made now would be."""
         raise NotImplementedError(f"{type(self).__name__} does not implement _place()")
 
+    def on_shard(self, rank: int, ranks: int) -> DataAverage:
+        """The same matrix of the shard of the data that one of several processes holds."""
+        part = copy.copy(self)
+        part.risk = self.risk.on_shard(rank, ranks)
+        return part
+
+    def strategies_left(self, count: int | None = None) -> int:
+        """How many strategies of the chain have not failed; ``count`` of them from now on, if given."""
+        if not isinstance(self.strategy, FirstThatWorks):
+            return 1
+        if count is not None:
+            self.strategy.leave(count)
+        return len(self.strategy.chain)
+
     def restricted(self, params: Selection) -> DataAverage:
         """The same matrix of some of the parameters, in the model's order."""
         raise NotImplementedError(
@@ -102,14 +116,7 @@ class DataAverage(LinearOperator):
         >>> H.block("0.*", "1.weight").shape
         (9, 3)
         """
-        above = self.restricted(rows)
-        if cols is None:
-            return above
-        row_names, col_names = above.layout.names, self.restricted(cols).layout.names
-        if row_names == col_names:
-            return above
-        joint = self.restricted([*row_names, *col_names])
-        return Product(picked(joint, row_names), joint, Transposed(picked(joint, col_names)))
+        return between(self, rows, cols)
 
     def check(self, batches: int | None = 1) -> CheckResult:
         """Examine this operator on its first batches (None: on all of them).
@@ -156,22 +163,31 @@ class DataAverage(LinearOperator):
         return guarded(lambda: self._average(V))
 
     def _average(self, V: Tensor) -> Tensor:
-        scale = scale_of(
-            V, self._dtypes
-        )  # columns of order one where a parameter could not hold them
+        scale = self.scale(V)
         own = V if scale is None else V / scale
-        total = self._timed(own, lambda: settled(self.strategy, lambda: self._summed(own)))
-        Y = from_point(total.result(), V)
+        Y = self.examined(from_point(self.summed(own).result(), V), own)
+        return Y if scale is None else Y * scale
+
+    def scale(self, V: Tensor) -> Tensor | None:
+        """What columns are divided by to be of order one, where a parameter could not hold them."""
+        return scale_of(V, self._dtypes)
+
+    def summed(self, V: Tensor) -> WeightedSum:
+        """`_summed`, with the strategy settled and the time counted."""
+        return self._timed(V, lambda: settled(self.strategy, lambda: self._summed(V)))
+
+    def examined(self, Y: Tensor, V: Tensor) -> Tensor:
+        """``Y``, made of the columns ``V``, or an error that says why it is not finite."""
         if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             risk, point, state = self._place()
-            columns = to_point(own, self.layout, point)
+            columns = to_point(V, self.layout, point)
             found = culprit(risk.terms(), point, state, self.strategy, columns)
             raise FloatingPointError(f"{self!r}: the product is not finite; {found}")
-        return Y if scale is None else Y * scale
+        return Y
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         def made() -> BatchForms:
-            scale = scale_of(V, self._dtypes)
+            scale = self.scale(V)
             risk, point, state = self._place()
             columns = to_point(V if scale is None else V / scale, self.layout, point)
             with grad_enabled(), risk.place(point, state):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from ..operators import BlockDiagonal, LinearOperator, Restriction
 from ..operators.algebra import Product, Transposed
+from ..risk.modules import Selection
 
 Grouping = Literal["layer", "parameter"] | Callable[[str], str]
 """By module, by parameter, or by whatever a function of the parameter's name returns."""
@@ -56,6 +57,29 @@ def block_diagonal(H: LinearOperator, by: Grouping = "layer") -> LinearOperator:
         return blocks
     P = picked(H, order)
     return Product(Transposed(P), blocks, P)
+
+
+class Divisible(Protocol):
+    """A symmetric operator over named parameters, of which some can be chosen."""
+
+    def restricted(self, params: Selection) -> LinearOperator: ...
+
+
+def between(A: Divisible, rows: Selection, cols: Selection) -> LinearOperator:
+    """The block of some parameters against others, the same ones if ``cols`` is None."""
+    above = A.restricted(rows)
+    if cols is None:
+        return above
+    row_names, col_names = _names(above), _names(A.restricted(cols))
+    if row_names == col_names:
+        return above
+    joint = A.restricted([*row_names, *col_names])
+    return Product(picked(joint, row_names), joint, Transposed(picked(joint, col_names)))
+
+
+def _names(A: LinearOperator) -> Sequence[str]:
+    assert A.layout is not None
+    return A.layout.names
 
 
 def picked(A: LinearOperator, names: Sequence[str]) -> Restriction:

@@ -121,6 +121,11 @@ class Linearized(DataAverage):
         part._point, part._state = point, self._state | others
         return part
 
+    def strategies_left(self, count: int | None = None) -> int:
+        if count is not None:
+            self._preparation = None  # its maps are those of the strategy that failed
+        return super().strategies_left(count)
+
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled; a copy prepares anew. SciPy has state of its own.
         state: dict[str, Any] = super().__getstate__()

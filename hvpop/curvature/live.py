@@ -23,7 +23,7 @@ from ..strategies.base import LinearMap, grad_enabled
 from .average import DataAverage, Place
 from .joining import LiveJoin
 from .linearized import Linearized
-from .space import WeightedSum, layout_of, multiplier, to_point
+from .space import WeightedSum, layout_of, multiplier, require_plain, to_point
 from .tracing import Tracer
 
 
@@ -109,6 +109,11 @@ class Live(DataAverage):
         part._begin(self.risk.restricted(params), self.strategy)
         return part
 
+    def on_shard(self, rank: int, ranks: int) -> Self:
+        part = copy.copy(self)
+        part._begin(self.risk.on_shard(rank, ranks), self.strategy)
+        return part
+
     def _label(self) -> str:
         usual = repr(self.strategy) == "ReverseOverReverse()"
         name = f"{type(self).__name__}{self._kind()}"
@@ -160,6 +165,7 @@ class Live(DataAverage):
     def _live(self) -> tuple[Params, Params]:
         """The parameters and all else the loss depends on, as they are now."""
         point = self.risk.parameters()
+        require_plain(point)
         now = layout_of(point)
         if now != self.layout:
             raise RuntimeError(

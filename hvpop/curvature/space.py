@@ -34,6 +34,16 @@ class WeightedSum:
             _torch.foreach_add_(self._sum, tensors, alpha=weight)
         self._weight += weight
 
+    @property
+    def weight(self) -> float:
+        """``sum_b w_b``."""
+        return self._weight
+
+    def undivided(self) -> list[Tensor]:
+        """``sum_b w_b x_b``; empty before the first term."""
+        self._begin()
+        return self._sum
+
     def result(self) -> list[Tensor]:
         """The average, or the sum if it is not normalized."""
         if self._normalized and self._weight == 0.0:
@@ -59,6 +69,7 @@ def layout_of(point: Params) -> Layout:
 def space_of(point: Params) -> tuple[torch.dtype, torch.device]:
     """The one dtype and device of the flat vectors over parameters that may differ in both."""
     dtype = next(iter(point.values())).dtype
+    require_plain(point)
     for name, parameter in point.items():
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(f"parameter {name} has no shape yet; run the model on one batch first")
@@ -67,13 +78,19 @@ def space_of(point: Params) -> tuple[torch.dtype, torch.device]:
                 f"parameter {name} is complex ({parameter.dtype}); hvpop works with real parameters: "
                 "hold its torch.view_as_real(...) and combine the parts in the forward pass"
             )
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype, next(iter(point.values())).device
+
+
+def require_plain(point: Params) -> None:
+    """Refuse what only looks like a tensor of its shape: before anything of the model's runs."""
+    for name, parameter in point.items():
         if type(parameter.data) is not Tensor:
             raise TypeError(
                 f"parameter {name} is a {type(parameter.data).__name__}; sharded and other tensor "
-                "subclasses are not supported: gather them into plain tensors first"
+                "subclasses are not supported: gather them into plain tensors first (those of FSDP2 by "
+                "`with hvpop.distributed.gathered(model):`)"
             )
-        dtype = torch.promote_types(dtype, parameter.dtype)
-    return dtype, next(iter(point.values())).device
 
 
 def to_point(V: Tensor, layout: Layout, point: Params) -> Params:
@@ -88,7 +105,9 @@ def from_point(products: list[Tensor], V: Tensor) -> Tensor:
     pieces = [_like(p.reshape(k, -1), V) for p in products]
     if any(p.requires_grad for p in pieces):  # autograd goes through it
         return torch.cat(pieces, dim=1).T
-    return torch.cat(pieces, dim=1, out=crossing.empty((k, V.shape[0]), V.dtype, V.device)).T
+    # of a rectangular matrix products are not as long as vectors
+    rows = crossing.empty((k, sum(p.shape[1] for p in pieces)), V.dtype, V.device)
+    return torch.cat(pieces, dim=1, out=rows).T
 
 
 def scale_of(V: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:

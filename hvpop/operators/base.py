@@ -129,25 +129,34 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     @property
     def space(self) -> Space:
         """The vectors that this operator multiplies: their inner products, norms and bases at any n."""
+        for part in self._children():
+            if (space := part.space).shared:
+                return space
         return Space(self.shape[1], crossing.working_dtype(self.torch_dtype), self.device)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The shape of this matrix for vectors as they are held here: of parts, if processes share them."""
+        shared = [part.held for part in self._children() if part.held != part.shape]
+        return shared[0] if shared else self.shape
 
     # -- products ---------------------------------------------------------------------------------
 
     def matvec(self, x: Any) -> Any:
         """``A x`` for a vector ``(n,)`` or ``(n, 1)``; a tensor gives a tensor, else an ndarray."""
-        return crossing.multiply(self, self._apply, x, self.shape, columns=False)
+        return crossing.multiply(self, self._apply, x, self.held, columns=False)
 
     def rmatvec(self, x: Any) -> Any:
         """``A' x`` for a vector ``(m,)`` or ``(m, 1)``."""
-        return crossing.multiply(self, self._apply_transpose, x, self.shape[::-1], columns=False)
+        return crossing.multiply(self, self._apply_transpose, x, self.held[::-1], columns=False)
 
     def matmat(self, X: Any) -> Any:
         """``A X`` for k columns ``(n, k)`` at once."""
-        return crossing.multiply(self, self._apply, X, self.shape, columns=True)
+        return crossing.multiply(self, self._apply, X, self.held, columns=True)
 
     def rmatmat(self, X: Any) -> Any:
         """``A' X`` for k columns ``(m, k)`` at once."""
-        return crossing.multiply(self, self._apply_transpose, X, self.shape[::-1], columns=True)
+        return crossing.multiply(self, self._apply_transpose, X, self.held[::-1], columns=True)
 
     # SciPy's own composite nodes reach for these names; from 1.18 on with operands (..., n).
     def _matvec(self, x: Any) -> Any:

@@ -99,8 +99,8 @@ def forms(
     A: LinearOperator, hook: Callable[[Tensor], BatchForms | None], x: Any
 ) -> BatchForms | None:
     """``hook`` applied to a block ``(n, k)``, checked as for a product; nothing to convert back."""
-    n = A.shape[1]
-    if A.shape[0] != n:
+    n = A.held[1]
+    if A.shape[0] != A.shape[1]:
         raise ValueError(f"v' A v expects a square operator, got {A!r}")
     if isinstance(x, Tensor):
         _check_shape(A, tuple(x.shape), n, columns=True)

@@ -11,24 +11,24 @@ from .base import LinearOperator
 from .space import Space
 
 
-def unit(Y: Tensor, V: Tensor | None = None) -> float:
+def unit(Y: Tensor, V: Tensor | None = None, space: Space | None = None) -> float:
     """A power of two near the largest entry of ``Y``, in units of that of ``V``; 1 if it is near 1.
 
     Dividing by it changes no digit. 0 for zero.
     """
-    largest = float(Space.of(Y).largest(Y).max()) if Y.numel() else 0.0
+    largest = float((space or Space.of(Y)).largest(Y).max()) if Y.numel() else 0.0
     if largest == 0.0:
         return 0.0
     exponent = math.frexp(largest)[1]
     if V is not None:
-        exponent -= math.frexp(float(Space.of(V).largest(V).max()))[1]
+        exponent -= math.frexp(float((space or Space.of(V)).largest(V).max()))[1]
     # a square of 2^20 times anything usual exists in every dtype
     return 1.0 if abs(exponent) <= 20 else math.ldexp(1.0, max(-1070, min(exponent, 1023)))
 
 
 def finite(who: str, A: LinearOperator, Y: Tensor) -> None:
     """Refuse a product of ``A`` that is not finite."""
-    if not Space.of(Y).finite(Y):
+    if not A.space.sized(Y.shape[0]).finite(Y):
         raise FloatingPointError(
             f"{who}({A!r}): a product is not finite; "
             "look for non-finite entries in the model, the data or the damping"
@@ -68,6 +68,6 @@ class Measured(Composite):
         Y: Tensor = A @ (V if lift == 1.0 else V / lift)
         finite(self.who, self.parts[0], Y)
         if self._unit[0] == 0.0:
-            self._unit[0] = unit(Y, V)
+            self._unit[0] = unit(Y, V, A.space if A.space.shared else None)
         rest = self.unit / lift
         return Y if rest == 1.0 else Y.div_(rest)

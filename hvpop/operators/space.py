@@ -46,8 +46,16 @@ class Space:
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self.n, self.dtype, self.device = n, dtype, device
+        self.order = n  # of whole vectors, where ``n`` are of a part held here
         # numbers in float64 at a time: what the second-level cache of one core holds, or many threads need
         self._chunk = 1 << 16 if device.type == "cpu" else 1 << 24
+
+    shared = False
+    """Whether vectors are held in parts by several processes."""
+
+    def sized(self, n: int) -> Space:
+        """That of vectors with ``n`` entries here, held in the same way."""
+        return self if n == self.n else Space(n, self.dtype, self.device)
 
     @staticmethod
     def of(V: Tensor) -> Space:
@@ -76,6 +84,10 @@ class Space:
 
     def own(self, V: Tensor) -> Tensor:
         """The part of whole vectors ``(N, k)`` that is held here, ``(n, k)``: all of it."""
+        return V
+
+    def whole(self, V: Tensor) -> Tensor:
+        """Whole vectors ``(N, k)`` from the parts of them that are held here and elsewhere."""
         return V
 
     # -- sums -------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,11 @@ from torch.utils.data import (
 from ..exchange import Exchange
 from .fingerprint import sums
 from .randomness import private_rng
+from .shards import share_of
+
+
+class NoDataError(ValueError):
+    """There is no batch, or none that counts."""
 
 
 class Batches:
@@ -37,7 +43,7 @@ class Batches:
 
     def __init__(self, data: Any, seed: int) -> None:
         _check_is_batches(data)
-        self._data = data
+        self._data = data = share_of(data)
         self._seed = seed
         self._one_shot = isinstance(data, Iterator)
         self._checksums: list[str] = []  # of the batches, and then "the end"
@@ -48,7 +54,7 @@ class Batches:
         """Whether the user holds all batches."""
         return isinstance(self._data, list | tuple)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         if self._one_shot:
             with private_rng(self._seed):
                 self._data, self._one_shot = list(self._data), False
@@ -62,10 +68,16 @@ class Batches:
             count += 1
             yield batch
         if count == 0:
-            raise ValueError(
+            raise NoDataError(
                 f"the data ({type(self._data).__name__}) yielded no batch; an iterator that was "
                 "used before is empty: pass a list of batches or a DataLoader"
             )
+
+    def first(self) -> str | None:
+        """A checksum of the first batch; None if there is none."""
+        with suppress(NoDataError), closing(iter(self)) as batches:
+            return _checksum(next(batches))
+        return None
 
     def _read(self) -> Iterator[Any]:
         count = 0
@@ -252,6 +264,7 @@ class _as_at_the_first_pass(Exchange):  # noqa: N801 (used like a function)
             getattr(self._loader, "sampler", None),
             batch_sampler,
             getattr(batch_sampler, "sampler", None),
+            getattr(getattr(batch_sampler, "batch_sampler", None), "sampler", None),
         ]
         held = [getattr(owner, "generator", None) for owner in owners]
         for generator in {id(g): g for g in held if isinstance(g, torch.Generator)}.values():

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from .averaging import SAMPLES, Average
-from .batches import Batches, to_device, usable
+from .batches import Batches, NoDataError, to_device, usable
 from .description import Description
 from .fingerprint import Fingerprint
 from .function import LossFunction, Tensors, Total
@@ -128,6 +128,7 @@ class EmpiricalRisk:
         self._data = Batches(data, seed)
         self._roots = {"": self.model}
         self._moved = 0
+        self._shard = (0, 1)  # the rank, and how many there are
         self._whole = self._positioned = False
         self._weigher = Weigher(average, batch_loss)
         self.function = LossFunction(self._roots, batch_loss, self._weigher)
@@ -175,20 +176,22 @@ class EmpiricalRisk:
         self.refuse()
 
     def _batches(self) -> Generator[Term, None, None]:
-        counted = samples = 0
+        counted, samples, (rank, ranks) = 0, 0, self._shard
         device = device_of(self._inventory.parameters)
         weighed = self._weigher.weighed(self._read(), self.model, self._place)
         for i, (batch, weight) in enumerate(weighed):
             if self._positioned:
                 batch = Positioned.at(samples, batch, device)
                 samples += len(batch.place)
+                batch = batch._replace(place=batch.place * ranks + rank)
             counted += weight > 0
             if (
                 weight > 0 or self._whole
             ):  # a mean over nothing (all targets ignored) is not a number
-                yield Term(self.loss, (batch, seed_tensor(self.seed + i)), weight, f"batch {i}")
+                seed = seed_tensor(self.seed + i * ranks + rank)
+                yield Term(self.loss, (batch, seed), weight, f"batch {i}")
         if counted == 0:
-            raise ValueError("all batches have weight 0, so there is nothing to average")
+            raise NoDataError("all batches have weight 0, so there is nothing to average")
 
     def _read(self) -> Generator[tuple[Any, Any], None, None]:
         """Each batch as the user holds it, if so, and as it is on the device."""
@@ -261,6 +264,18 @@ class EmpiricalRisk:
         wanted = self._inventory.trainable(params)
         risk._selection = [name for name in chosen if name in wanted]
         return risk
+
+    def on_shard(self, rank: int, ranks: int) -> EmpiricalRisk:
+        """The same risk where other processes have other batches: their random numbers are others."""
+        risk = self._copy()
+        risk._shard = rank, ranks
+        risk._weigher = Weigher(self.average, self.batch_loss, alone=ranks == 1)
+        risk.function = LossFunction(self._roots, self.batch_loss, risk._weigher)
+        return risk
+
+    def first_batch(self) -> str | None:
+        """A checksum of the first batch; None if there is none."""
+        return self._data.first()
 
     def is_random(
         self, term: Term, point: Tensors | None = None, state: Tensors | None = None

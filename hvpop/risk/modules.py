@@ -20,12 +20,14 @@ a mapping with names as keys, or an iterable of these."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, DataParallel, DistributedDataParallel and SWA wrappers."""
+    """The model inside `torch.compile`, DataParallel, DistributedDataParallel, Fabric's and SWA wrappers."""
     while True:
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             module = cast(nn.Module, module._orig_mod)
         elif isinstance(module, _WRAPPERS) and isinstance(module.module, nn.Module):
             module = module.module
+        elif type(module).__name__ == "_FabricModule":  # Lightning's
+            module = cast(nn.Module, module._original_module)
         else:
             return module
 

@@ -57,7 +57,8 @@ class Weigher:
     changed. A weight is computed anew at each product.
     """
 
-    def __init__(self, average: Average, batch_loss: BatchLoss) -> None:
+    def __init__(self, average: Average, batch_loss: BatchLoss, alone: bool = True) -> None:
+        self._alone = alone  # whether the batches of one pass are all that there are
         self._average, self._batch_loss = average, checked_batch_loss(batch_loss)
         self._watch = DivisorWatch()
         self._proof: _Proof | None = None
@@ -79,10 +80,12 @@ class Weigher:
         proof = self._current(model)
         previous: Any = None  # the last batch that counts, kept as long as it may be asked for
         waiting: list[Any] = []  # the first batch, until the second is there
+        asked = False
         for i, (held, batch) in enumerate(batches):
-            proof.several |= i > 0
+            proof.several |= i > 0 or not self._alone
             counts = _checked(proof(batch)) > 0
-            if proof.asks(i, held) and counts and previous is not None:
+            asked = proof.asks(i, held)
+            if asked and counts and previous is not None:
                 self._prove(proof, previous, batch, place())
             if counts or not proof.asks_after(i):
                 previous = batch if proof.asks_after(i) else None
@@ -93,8 +96,17 @@ class Weigher:
                 ready = waiting.pop(0)
                 yield ready, _checked(proof(ready))
                 self.refuse()
+        if waiting and asked and not self._alone:  # the others are elsewhere
+            self._prove_by_parts(proof, waiting[0], place)
         for batch in waiting:
             yield batch, _checked(proof(batch))
+
+    def _prove_by_parts(self, proof: _Proof, batch: Any, place: Callable[[], Place]) -> None:
+        """As for two batches, by the halves of a single one; a single sample has none."""
+        for reading in READINGS:
+            for first, second in _halves(reading, batch):
+                self._prove(proof, first, second, place())
+                return
 
     @property
     def table(self) -> Table:

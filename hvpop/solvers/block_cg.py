@@ -96,13 +96,15 @@ class _Run:
         self, A: LinearOperator, B: Tensor, X0: Tensor | None, rtol: float, atol: float
     ) -> None:
         self.A = A
-        self.size = checks.sizes(B)  # (k,)
+        self.size = checks.sizes(B, A.space)  # (k,)
         self.B = B / self.size
         # zero is the answer to zero, wherever it started
         self.X = (
-            torch.zeros_like(B) if X0 is None else torch.where(checks.zero(B), 0.0, X0 / self.size)
+            torch.zeros_like(B)
+            if X0 is None
+            else torch.where(A.space.largest(B) == 0, 0.0, X0 / self.size)
         )
-        self.target = torch.maximum(rtol * checks.norms(self.B), atol / self.size)  # (k,)
+        self.target = torch.maximum(rtol * checks.norms(self.B, A.space), atol / self.size)  # (k,)
         self.steps = self.products = 0
         self.scale = 0.0  # the largest |A s| / |s| seen
         self.failure: Status | None = None
@@ -121,7 +123,12 @@ class _Run:
     def done(self) -> bool:
         """Whether all columns have converged truly, or nothing more can be done."""
         # below the floor rounding in the products decides what the error really is
-        floor = 8 * torch.finfo(self.A.torch_dtype).eps * self.scale * checks.norms(self.X)
+        floor = (
+            8
+            * torch.finfo(self.A.torch_dtype).eps
+            * self.scale
+            * checks.norms(self.X, self.A.space)
+        )
         claimed = bool((self.error <= torch.maximum(self.target, floor)).all())
         if self.failure is None and claimed and not self.checked:
             before = self.true
@@ -194,7 +201,7 @@ class _Run:
         """Begin from true residuals."""
         self.Q, self.C = self._basis(R)
         self.S = self.Q
-        self.error = checks.norms(R)
+        self.error = checks.norms(R, self.A.space)
         self.true, self.checked = self.error, True
         self.best, self.least = self.X.clone(), self.error
         if not self.history:
@@ -207,7 +214,9 @@ class _Run:
     def _multiply(self, V: Tensor) -> Tensor:
         Y: Tensor = self.A @ V
         self.products += V.shape[1]
-        growth = checks.norms(Y) / checks.norms(V).clamp_min(torch.finfo(V.dtype).tiny)
+        growth = checks.norms(Y, self.A.space) / checks.norms(V, self.A.space).clamp_min(
+            torch.finfo(V.dtype).tiny
+        )
         if not bool(growth.isfinite().all()):
             raise FloatingPointError(f"block_cg({self.A!r}): a product is not finite")
         self.scale = max(self.scale, float(growth.max()) if growth.numel() else 0.0)
@@ -217,7 +226,7 @@ class _Run:
         """``S'AS`` is not positive definite: beyond rounding, or because it is singular."""
         curvatures, vectors = torch.linalg.eigh(W)
         direction = self.S @ vectors[:, 0]
-        length = checks.norms(direction[:, None])[0]
+        length = checks.norms(direction[:, None], self.A.space)[0]
         eps = torch.finfo(self.A.torch_dtype).eps
         if float(curvatures[0] / length**2) < -len(W) * eps * self.scale:
             self.failure, self.direction = "negative curvature", direction / length

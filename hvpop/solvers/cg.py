@@ -184,7 +184,7 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
         state.error = self._error(state.R, rho)
 
     def directions(self, state: _State) -> Tensor:
-        return state.P / checks.norms(state.P)
+        return state.P / self.norms(state.P)
 
     def _error(self, R: Tensor, rho: Tensor) -> Tensor:
         return rho.sqrt().to(self.dtype) if self.M is None else self.norms(R)

@@ -17,7 +17,7 @@ def columns(
     who: str, A: LinearOperator, b: Any, name: str = "b", *, length: int | None = None
 ) -> Tensor:
     """``b``, a tensor ``(m,)`` or ``(m, k)``, as columns ``(m, k)`` in the working dtype of ``A``."""
-    m = A.shape[0] if length is None else length
+    m = A.held[0] if length is None else length
     if not isinstance(b, Tensor):
         raise TypeError(
             f"{who} expects {name} as a torch tensor, got {type(b).__name__}; use torch.as_tensor"
@@ -36,27 +36,17 @@ def columns(
         raise ValueError(
             f"{who}({A!r}) expects {name} on {A.device}, got {b.device}; use .to(A.device)"
         )
-    if not finite(b):
+    if not A.space.sized(m).finite(b):
         raise ValueError(f"{who}({A!r}): {name} has entries that are not finite")
     B = b.detach().to(dtype)
     return B if B.ndim == 2 else B.unsqueeze(1)
-
-
-def finite(b: Tensor) -> bool:
-    """Whether all entries are."""
-    return Space.of(b).finite(b)
-
-
-def zero(B: Tensor) -> Tensor:
-    """Which columns are zero, ``(k,)``."""
-    return Space.of(B).largest(B) == 0
 
 
 def start(who: str, A: LinearOperator, b: Tensor, x0: Any) -> Tensor | None:
     """A private copy of ``x0`` as columns, or None."""
     if x0 is None:
         return None
-    X = columns(who, A, x0, "x0", length=A.shape[1])
+    X = columns(who, A, x0, "x0", length=A.held[1])
     if tuple(x0.shape[1:]) != tuple(b.shape[1:]):
         raise ValueError(
             f"{who}({A!r}) expects one x0 per column of b, got shapes {tuple(x0.shape)} and {tuple(b.shape)}"
@@ -90,7 +80,7 @@ def positive_form(who: str, A: LinearOperator, M: LinearOperator, R: Tensor, for
     if bool((forms > 0).all()):
         return
     small = torch.finfo(R.dtype).tiny ** 0.25  # whose squares may underflow
-    null = (forms == 0) & (Space.of(R).largest(R) > small)
+    null = (forms == 0) & (A.space.sized(R.shape[0]).largest(R) > small)
     if bool((forms < 0).any()) or bool(null.any()):
         sign = (
             "r'Mr < 0" if bool((forms < 0).any()) else "r'Mr = 0 for a residual r that is not zero"
@@ -101,18 +91,18 @@ def positive_form(who: str, A: LinearOperator, M: LinearOperator, R: Tensor, for
         )
 
 
-def sizes(V: Tensor) -> Tensor:
+def sizes(V: Tensor, space: Space | None = None) -> Tensor:
     """A power of two near the largest entry of each column, ``(k,)``; 1 for zero.
 
     Dividing by it changes no digit, and squares of entries neither over- nor underflow any more.
     """
-    largest = Space.of(V).largest(V)
+    largest = (space or Space.of(V)).largest(V)
     return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
 
 
-def norms(V: Tensor) -> Tensor:
+def norms(V: Tensor, space: Space | None = None) -> Tensor:
     """The Euclidean norms of the columns, also where squares of entries over- or underflow."""
-    return Space.of(V).norms(V).to(V.dtype)
+    return (space or Space.of(V)).norms(V).to(V.dtype)
 
 
 def limits(who: str, rtol: float, atol: float, max_steps: int | None) -> None:

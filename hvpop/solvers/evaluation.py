@@ -105,7 +105,7 @@ class Evaluation:
         for column in self.lanczos.columns.tolist():
             self.status[column] = status
         self._write(torch.ones_like(self.lanczos.columns, dtype=torch.bool), self.past)
-        if not checks.finite(self.y):
+        if not self.lanczos.A.space.finite(self.y):
             raise FloatingPointError(
                 f"{self.who}: f(A) v is larger than {self.y.dtype} holds; scale v, or take float64"
             )

@@ -14,7 +14,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, Space, measured
+from ..operators import LinearOperator, measured
 from ..operators.crossing import working_dtype
 from . import checks
 from .progress import Bar
@@ -68,6 +68,7 @@ class Recurrence(ABC, Generic[S]):
 
     def __init__(self, A: LinearOperator) -> None:
         self.A, self.space = A, A.space
+        self.shared = self.space if self.space.shared else None
         self.products = 0
         self.dtype = working_dtype(A.torch_dtype)
         self.eps = torch.finfo(self.dtype).eps
@@ -81,7 +82,7 @@ class Recurrence(ABC, Generic[S]):
 
     def norms(self, V: Tensor) -> Tensor:
         """``|v|`` for each column, ``(k,)``."""
-        return self.space.norms(V).to(self.dtype)
+        return self.space.sized(len(V)).norms(V).to(self.dtype)
 
     @abstractmethod
     def start(self, B: Tensor, X: Tensor | None) -> S:
@@ -119,7 +120,7 @@ class Recurrence(ABC, Generic[S]):
     def begun_at(self, X: Tensor) -> Tensor:
         """``X`` in the units of ``A``, which its product shows; that product is the next."""
         Y: Tensor = self.A @ X
-        self.unit = measured.unit(Y, X) or 1.0
+        self.unit = measured.unit(Y, X, self.shared) or 1.0
         self.ready = Y
         return X * self.unit
 
@@ -138,15 +139,15 @@ class Recurrence(ABC, Generic[S]):
         """A product ``Y`` of ``A``, or of its transpose, with ``V``, in units."""
         self.products += V.shape[1]
         if self.unit == 0.0:
-            self.unit = measured.unit(Y, V)
+            self.unit = measured.unit(Y, V, self.shared)
         if unit is None:
             unit = self.unit or 1.0
         return Y if unit == 1.0 else Y.div_(unit)
 
     def noted(self, V: Tensor, Y: Tensor) -> Tensor:
         """``Y``, the product of ``V`` in units, from which a scale of ``A`` is learned."""
-        space = Space.of(V)
-        self.learn(space.norms(V), Space.of(Y).norms(Y))
+        inside, outside = (self.space.sized(len(M)) for M in (V, Y))
+        self.learn(inside.norms(V), outside.norms(Y))
         return Y
 
     def learn(self, sizes: Tensor, of_products: Tensor) -> None:
@@ -203,11 +204,11 @@ class _Run(Generic[S]):
         B = B.T.contiguous().T  # columns, each in one piece
         self.recurrence, self.vector = recurrence, vector
         # solved in units of its own entries, so that no norm over- or underflows
-        self.size = checks.sizes(B)  # (k,)
+        self.size = checks.sizes(B, recurrence.space.sized(len(B)))  # (k,)
         self.B = B if bool((self.size == 1).all()) else B / self.size
         # zero is the answer to zero: no start away from it has a residual to be compared with
-        self.X0 = None if X0 is None else torch.where(checks.zero(B), 0.0, X0 / self.size)
-        self.shape = (self.recurrence.A.shape[1], k)
+        self.X0 = None if X0 is None else torch.where(self._zeros(B), 0.0, X0 / self.size)
+        self.shape = (self.recurrence.A.held[1], k)
         self._x: Tensor | None = None
         self.begun = False
         self.steps = 0
@@ -216,6 +217,9 @@ class _Run(Generic[S]):
         self.reference = B.new_full((k,), torch.inf)  # least true error at a check
         self.checked = B.new_full((k,), torch.inf)  # error / floor at the last check
         self.direction: Tensor | None = None
+
+    def _zeros(self, B: Tensor) -> Tensor:
+        return self.recurrence.space.sized(len(B)).largest(B) == 0
 
     @property
     def x(self) -> Tensor:

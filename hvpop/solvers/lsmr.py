@@ -88,7 +88,7 @@ def lsmr(
     )
     X = result.x if b.ndim == 2 else result.x.unsqueeze(1)
     known = {f.name: getattr(result, f.name) for f in fields(result)}
-    known["residual_norms"] = checks.norms(B - recurrence.A @ X)
+    known["residual_norms"] = recurrence.norms(B - recurrence.A @ X)
     known["products"] += X.shape[1]
     return LeastSquaresResult(**known, gradient_norms=result.residual_norms)
 
@@ -120,14 +120,14 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         self.root = root
 
     def extended(self, B: Tensor) -> Tensor:
-        return torch.cat([B, B.new_zeros(self.A.shape[1], B.shape[1])]) if self.root else B
+        return torch.cat([B, B.new_zeros(self.A.held[1], B.shape[1])]) if self.root else B
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         U = B.clone() if X is None else B - self._forward(X)
-        beta = checks.norms(U)
+        beta = self.norms(U)
         U = U * _reciprocal(beta)
         V = self._back(U)
-        alpha = checks.norms(V)
+        alpha = self.norms(V)
         V = V * _reciprocal(alpha)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         return _State(
@@ -152,10 +152,10 @@ class _LeastSquares(lockstep.Recurrence[_State]):
     def step(self, t: _State) -> None:
         # Golub-Kahan: one more row and column of the bidiagonal
         U = self._forward(t.V).addcmul_(t.U, t.alpha, value=-1)
-        beta = checks.norms(U)
+        beta = self.norms(U)
         U *= _reciprocal(beta)
         V = self._back(U).addcmul_(t.V, beta, value=-1)
-        alpha = checks.norms(V)
+        alpha = self.norms(V)
         t.size = torch.maximum(t.size, torch.hypot(alpha, beta))
         alpha = torch.where(alpha <= self.eps * t.size, 0.0, alpha)
         V *= _reciprocal(alpha)
@@ -189,7 +189,7 @@ class _LeastSquares(lockstep.Recurrence[_State]):
 
     def noise(self, B: Tensor) -> Tensor:
         """What rounding leaves of ``A'b`` where it is zero."""
-        sizes = checks.norms(B)
+        sizes = self.norms(B)
         return 8 * self.eps * self.scale * sizes
 
     def _forward(self, V: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         return torch.cat([AV, self._root() * V]) if self.root else AV
 
     def _back(self, U: Tensor) -> Tensor:
-        m = self.A.shape[0]
+        m = self.A.held[0]
         AU = self.noted(U[:m], self.counted(U[:m], self.A.T @ U[:m]))
         return AU + self._root() * U[m:] if self.root else AU
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .._torch import leads
+
 
 class Bar:
     """A tqdm bar, or nothing."""
 
     def __init__(self, who: str, shown: bool) -> None:
         self._bar: Any = None
-        if shown:
+        if shown and leads():
             from tqdm import tqdm
 
             self._bar = tqdm(desc=who, unit="step")

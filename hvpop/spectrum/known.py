@@ -20,7 +20,7 @@ class Known:
 
     @staticmethod
     def nothing(A: LinearOperator, dtype: torch.dtype) -> Known:
-        AQ, Q = (torch.empty(size, 0, dtype=dtype, device=A.device) for size in A.shape)
+        AQ, Q = (torch.empty(size, 0, dtype=dtype, device=A.device) for size in A.held)
         return Known(Q, AQ)
 
     @property

@@ -424,7 +424,7 @@ class Lanczos(Task[Krylov]):
         return probes.gaussian(self.space, count, "eigsh", self.seed, *place)
 
     def _columns(self, name: str, V: Tensor | None) -> Tensor:
-        n = self.A.shape[0]
+        n = self.space.n
         if V is None:
             return torch.empty(n, 0, dtype=self.dtype, device=self.A.device)
         if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != n:

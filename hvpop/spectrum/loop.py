@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from .._torch import leads
 from ..operators import LinearOperator
 from .checkpoint import Checkpoint, Rows
 from .results import Status
@@ -92,6 +93,11 @@ def run(
 ) -> tuple[S, Status]:
     """The state where ``task`` ends, and how it ended; raises what a product raises."""
     file, state = None, None
+    if checkpoint is not None and task.A.space.shared:
+        raise ValueError(
+            f"{task.name}({task.A!r}): checkpoints hold whole vectors, and these are in parts; leave "
+            "checkpoint= out, or run on whole vectors (the operator inside of Sharded)"
+        )
     if checkpoint is not None:
         file = Checkpoint(checkpoint, task.name, task.A, task.settings())
         saved = file.load()
@@ -103,7 +109,7 @@ def run(
     if state is None:
         state = task.start()
     status: Status
-    bar = _bar(task.name, max_products, state.products) if progress else None
+    bar = _bar(task.name, max_products, state.products) if progress and leads() else None
     if bar is not None and state.products:
         bar.set_postfix_str(task.report(state))  # where an earlier run has ended
     try:

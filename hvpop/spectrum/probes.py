@@ -26,7 +26,7 @@ def gaussian(space: Space, count: int, *key: object, skip: int = 0) -> Tensor:
 def sphere(space: Space, count: int, *key: object, skip: int = 0) -> Tensor:
     """Columns uniform on the sphere of radius sqrt(n)."""
     Z = gaussian(space, count, *key, skip=skip)
-    Z *= (math.sqrt(space.n) / space.norms(Z)).to(Z.dtype)
+    Z *= (math.sqrt(space.order) / space.norms(Z)).to(Z.dtype)
     return Z
 
 

@@ -94,7 +94,7 @@ class Block:
     def begin(space: Space, V: Tensor) -> Block:
         """From columns ``(n, b)``, which are normalized in place."""
         V /= space.norms(V).to(V)
-        X = space.qr(V[:, : space.n])[0]
+        X = space.qr(V[:, : space.order])[0]
         none = torch.empty(0, 0, dtype=torch.float64)
         return Block(X[:, :0], X, none, none, space.inner(X, V).cpu())
 
@@ -111,7 +111,7 @@ class Block:
         m = self.Q.shape[1]
         C[m:] = (C[m:] + C[m:].T) / 2
         T = torch.cat([torch.cat([self.T, C[:m]], 1), C.T], 0)
-        room = Q.shape[0] - Q.shape[1]
+        room = space.order - Q.shape[1]
         if room == 0:
             return Block(Q, F[:, :0], T, T[:0], self.first, self.steps + 1)
         E, _, R = extend(space, Q, F[:, :room])

@@ -36,22 +36,23 @@ class Band:
     low: Tensor
     high: Tensor
 
-    def error(self) -> float:
-        """Half the width, in the Euclidean norm if there are many entries."""
-        return _length((self.high - self.low) / 2)
+    def error(self, space: Space | None = None) -> float:
+        """Half the width, in the Euclidean norm (of ``space``) if there are many entries."""
+        return _length((self.high - self.low) / 2, space)
 
-    def size(self) -> float:
+    def size(self, space: Space | None = None) -> float:
         """The norm of the value."""
-        return _length(self.value)
+        return _length(self.value, space)
 
     def scaled(self, unit: float) -> Band:
         """For a multiple of the operator."""
         return Band(*(unit * part for part in vars(self).values()))
 
 
-def _length(x: Tensor) -> float:
+def _length(x: Tensor, space: Space | None = None) -> float:
     columns = x.reshape(-1, 1)
-    return float(Space.of(columns).norms(columns))
+    own = space if space is not None and x.ndim else Space.of(columns)
+    return float(own.norms(columns))
 
 
 def student(value: Tensor, standard_error: Tensor, samples: int) -> Band:
@@ -110,7 +111,7 @@ class Sampling(Task[S]):
     @property
     def affordable(self) -> bool:
         """Whether the budget is enough for the exact answer."""
-        return bool(self.order <= self.budget)
+        return bool(self.order <= self.budget) and not self.space.shared  # that takes whole vectors
 
     @abstractmethod
     def read(self, state: S) -> Band:
@@ -163,7 +164,7 @@ class Sampling(Task[S]):
     def measures(self, state: S) -> tuple[float, float]:
         """The sizes of the estimate and of its error."""
         band, unit = self.rounded(self.judged(state)), self.source.unit
-        return unit * band.size(), unit * band.error()
+        return unit * band.size(self.space), unit * band.error(self.space)
 
     def noted(self, state: S) -> S:
         """``state`` with its estimate added to the history."""
@@ -253,7 +254,7 @@ class Completing(Sampling[C]):
             )
             products = state.products + known.count - state.known.count
             return self.noted(replace(state, known=known, products=products))  # type: ignore[type-var]
-        remember = not self.wide and self.order <= max(self.budget, SMALL)
+        remember = not self.wide and not self.space.shared and self.order <= max(self.budget, SMALL)
         self.source.taken = [] if remember else None
         state = self.sampled(state, left)
         return self.noted(replace(state, known=self.learned(state)))  # type: ignore[type-var]

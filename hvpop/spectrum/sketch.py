@@ -97,7 +97,7 @@ class Split:
 
     @staticmethod
     def empty(A: LinearOperator, dtype: torch.dtype) -> Split:
-        rows, columns = (torch.empty(r, 0, dtype=dtype, device=A.device) for r in A.shape)
+        rows, columns = (torch.empty(r, 0, dtype=dtype, device=A.device) for r in A.held)
         return Split(columns, rows, columns, rows)
 
     def grown(self, A: LinearOperator, Y: Tensor, G: Tensor, AG: Tensor) -> Split:

@@ -77,7 +77,7 @@ class LeaveOutSampling(Completing[LeaveOutState]):
     keep = False  # whether the estimate needs A Q itself
 
     def start(self) -> LeaveOutState:
-        empty = LeaveOut.empty(self.A.shape[0], self.dtype, self.A.device)
+        empty = LeaveOut.empty(self.A.held[0], self.dtype, self.A.device)
         return LeaveOutState(empty, self.nothing())
 
     draw: Callable[..., Tensor]  # one of the functions of `probes`

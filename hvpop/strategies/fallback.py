@@ -67,6 +67,10 @@ class FirstThatWorks(HVPStrategy):
             stacklevel=2,
         )
 
+    def leave(self, count: int) -> None:
+        """Take the strategy with which so many of the chain are left, as other processes do."""
+        del self.chain[: len(self.chain) - count]
+
     def __repr__(self) -> str:
         return repr(self.current)
 

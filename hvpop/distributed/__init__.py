@@ -1,0 +1,20 @@
+"""The same operators over many processes, on torch.distributed."""
+
+from .errors import RankLost, RemoteError
+from .gathering import gathered
+from .journal import Journal
+from .parallel import DataParallel
+from .sharded import Sharded
+from .team import Team, Traffic, init
+
+__all__ = [
+    "DataParallel",
+    "Journal",
+    "RankLost",
+    "RemoteError",
+    "Sharded",
+    "Team",
+    "Traffic",
+    "gathered",
+    "init",
+]
