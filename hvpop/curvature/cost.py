@@ -80,7 +80,9 @@ def cost(
     kept = _extrapolated(sizes)
     item = torch.empty(0, dtype=working_dtype(dtype)).element_size()
     budget = budget_in_bytes(None, device)
-    total = None if kept is None else kept + (0 if risk.in_memory else held)
+    place = sum(t.nbytes for t in (*point.values(), *state.values()))
+    # batches in memory already are copied where they are joined
+    total = None if kept is None else kept + held + place
     return Cost(n, len(sizes), held, total, budget, n * item, 0.0)
 
 
