@@ -143,7 +143,7 @@ class FisherOperator(Live):
                 made: Any = by_rows.linearize(term.function, point, state, *term.data)
                 forms = multiply(made.push)[0].reshape(V.shape[1], samples, -1).square()
                 spread = forms.double().var(1) / samples  # (k, terms)
-                total += term.weight**2 * (made.ends.shares.double().square() * spread).sum(1)
+                total += term.weight**2 * (made.rows.shares.double().square() * spread).sum(1)
                 weight += term.weight
         return total.sqrt() / (weight if risk.average.normalized else 1.0)
 

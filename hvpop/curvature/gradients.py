@@ -87,7 +87,7 @@ class GradientOperator(Stacked):
 
         def found() -> Tensor:
             made = self._maps(self._place())
-            pieces = [(p.weight, cast(Rows, p.linear.ends).weights) for p in made]
+            pieces = [(p.weight, cast(Rows, p.linear.rows).weights) for p in made]
             total = sum(weight for weight, _ in pieces) if self.risk.average.normalized else 1.0
             return torch.cat([weight / total * own for weight, own in pieces]).detach()
 

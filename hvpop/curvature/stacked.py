@@ -198,10 +198,10 @@ class Stacked(LinearOperator):
         with grad_enabled(), around, closing(self._terms(place)) as terms:
             for (start, stop), (linear, term) in zip(pairwise(self._ends), terms, strict=True):
                 made = linear or made_map(self.strategy, place, term)
-                if made.ends.count != stop - start:
+                if made.rows.count != stop - start:
                     raise RuntimeError(
                         f"{self!r}: a batch had {stop - start} rows when the operator was built, and "
-                        f"has {made.ends.count} now; build a new operator"
+                        f"has {made.rows.count} now; build a new operator"
                     )
                 yield Piece(slice(start, stop), made, term.weight)
         place.risk.refuse()

@@ -82,8 +82,10 @@ class Batched:
 class RowsMap:
     """The rows of one batch: ``push`` maps parameters to rows, ``pull`` rows to parameters."""
 
+    ends = None  # as of a `LinearMap`: graphs are made as they are asked for
+
     def __init__(self, owner: ByRows, parted: Parted, ends: Ends, params: Params) -> None:
-        self._owner, self.parted, self.ends, self._params = owner, parted, ends, params
+        self._owner, self.parted, self.rows, self._params = owner, parted, ends, params
         self.pull = _Pull(owner, parted, ends)
         self.looks = True
         if owner.keeps and not isinstance(owner.strategy, ForwardOverReverse):
@@ -96,7 +98,7 @@ class RowsMap:
             return _PushForward(owner, parted)
         with grad_enabled(), explained(owner), parted.around():
             pushing = owner.pushing(parted)
-        push = _Push(owner, parted, self.ends, pushing)
+        push = _Push(owner, parted, self.rows, pushing)
         push.looks = owner._examine(parted, pushing, self._params)
         return push
 

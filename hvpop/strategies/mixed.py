@@ -48,10 +48,10 @@ class Mixed(HVPStrategy):
 class MixedMap:
     """The mixed derivatives of one batch: ``push`` maps parameters to inputs, ``pull`` the other way."""
 
-    looks = True
+    looks, ends = True, None
 
     def __init__(self, owner: Mixed, parted: Parted, ends: Any) -> None:
-        self.ends = ends
+        self.rows = ends
         point, leaves = list(parted.point.values()), parted.leaves
         found: tuple[Tensor | None, ...] = (None,) * (len(point) + len(leaves))
         if parted.loss.requires_grad:
@@ -70,10 +70,10 @@ class MixedMap:
 class NothingMap:
     """A batch without rows."""
 
-    looks, count = False, 0
+    looks, ends, count = False, None, 0
 
     def __init__(self, params: Params) -> None:
-        self.ends = self
+        self.rows = self
         like = next(iter(params.values()))
         self.push: LinearMap = _Zeros({ROWS: like.new_zeros(0)})
         self.pull: LinearMap = _Zeros({n: torch.zeros_like(p) for n, p in params.items()})
