@@ -72,8 +72,12 @@ class LiveJoin:
 
     def _proven(self, pair: list[Term], point: Params, state: Params) -> float | None:
         """The size of a graph per entry of data, if two batches can be run as one; None if not."""
+        term, multiply = pair[0], multiplier(random_direction(point, self._seed))
+        # with a product, which is where forward mode has its graph
         size = graph_bytes(
-            lambda: self._strategy.plain.linearize(pair[0].function, point, state, *pair[0].data),
+            lambda: multiply(
+                self._strategy.plain.linearize(term.function, point, state, *term.data)
+            ),
             [],
         )
         seen = 2 * size <= LIVE_BYTES and run_as_one(self._strategy, pair, point, state, self._seed)

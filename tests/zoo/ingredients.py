@@ -53,10 +53,11 @@ class Apply(nn.Module):
 
 def head(body: nn.Module, *shape: int) -> nn.Sequential:
     """Return the body with a linear head of two outputs behind it."""
-    training = body.training
+    modes = [(module, module.training) for module in body.modules()]
     with torch.no_grad():
         width = body.eval()(torch.randn(2, *shape)).flatten(1).shape[1]
-    body.train(training)
+    for module, mode in modes:  # each its own
+        module.training = mode
     return nn.Sequential(body, nn.Flatten(), nn.Linear(width, 2))
 
 

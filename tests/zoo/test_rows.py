@@ -34,14 +34,11 @@ COUPLED = {
     "models-neural_process_of_survival",
     "models-neural_radiance_positional_encoding",  # accumulates along the samples
     "norms-batch_norm1d_cumulative",
-    "norms-batch_norm1d_eval",  # whose model is in train mode
     "norms-batch_norm1d_plain_train",
     "norms-batch_norm1d_train",
     "norms-batch_norm1d_without_statistics",
     "norms-batch_norm1d_without_statistics_eval",
-    "norms-batch_norm2d_eval",
     "norms-batch_norm2d_train",
-    "norms-sync_batch_norm_eval",
     "parameters-hypernetwork_by_call",
     "parameters-used_in_one_batch",
     "recurrent-packed_gru",  # lengths by place in the batch

@@ -17,6 +17,8 @@ def fuse_additions(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         total, product = args_of(node)
+        if not (isinstance(total, fx.Node) and isinstance(product, fx.Node)):
+            continue  # a number
         fused = _FUSED.get(product.target)
         if fused is None or len(product.users) > 1 or _like(product) != _like(node):
             continue
