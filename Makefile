@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NEWEST ?= 2.14.1
+# Processes that share the tests; sets have the same order in all of them.
+WORKERS ?= 2
+export PYTHONHASHSEED := 0
+SHARED := -m pytest -n $(WORKERS) --dist worksteal
 
 KERNELS := kernels-sse42 kernels-avx2 kernels-any-cpu kernels-threads
 
@@ -12,7 +16,7 @@ demo: .venv/examples
 	$(BIN)/hvpop demo -o output/hvpop-demo.html
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python $(SHARED)
 
 # The suite under the kernels that torch, MKL, oneDNN and OpenBLAS take on other CPUs (CONTRIBUTING.md).
 kernels: $(KERNELS)
@@ -49,7 +53,7 @@ matrix: .venv/dev
 
 # The newest torch that is tested, on what differs most between releases; an environment of its own.
 newest: .venv/newest/done
-	.venv/newest/bin/python -m pytest tests/strategies tests/risk tests/zoo tests/test_torch_names.py
+	.venv/newest/bin/python $(SHARED) tests/strategies tests/risk tests/zoo tests/test_torch_names.py
 
 # Wheel and sdist, built, checked, and each installed by itself (tests/release.py).
 release: .venv/dev

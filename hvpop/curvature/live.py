@@ -123,7 +123,7 @@ class Live(DataAverage):
         point, state = self._live()
         columns = to_point(V, self.layout, point)
         make: Callable[..., LinearMap] = self.strategy.linearize
-        if V.shape[1] == 1:
+        if V.shape[1] == 1 and not self.strategy.of_gradients:
             # Each in memory of its own, or torch would copy what it takes for tangents, batch by batch.
             columns = {name: column.clone() for name, column in columns.items()}
             make = self.strategy.once

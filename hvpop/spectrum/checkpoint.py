@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator, Space
 from . import expression, probes
-from .records import MAGIC, Found, Stored, joined, read, write
+from .records import MAGIC, Found, Held, Stored, joined, read, write
 
 _PAUSE = 10.0  # seconds between two saves at least, ...
 _SHARE = 0.05  # ... and more where saving would take a larger share of the time than this
@@ -68,7 +68,8 @@ class Checkpoint:
         """
         self._remove_stale()
         try:
-            found, end, digest = read(self._target, self._device)
+            held = Held(self._target)
+            found, end, digest = read(held, self._device)
             identity = dict(found[0].values["identity"])
         except FileNotFoundError:
             return None
@@ -80,7 +81,7 @@ class Checkpoint:
         try:
             products = [stored.made() for stored in _products(found[0])]
             state = self._state(found)
-            self._written = _Written.now(self._target, end, digest, found)
+            self._written = _Written.now(held, end, digest, found)
         except Exception as error:  # of another version, or made up
             raise self.foreign() from error
         self._refuse_operator(products)
@@ -270,9 +271,9 @@ class _Written:
         )
 
     @staticmethod
-    def now(path: Path, end: int, digest: bytes, found: list[Found]) -> _Written | None:
+    def now(held: Held, end: int, digest: bytes, found: list[Found]) -> _Written | None:
         """None where something torn is at the end: that file is to be replaced."""
-        known, rows = path.stat(), found[-1].values["rows"]
+        known, rows = held.now(), found[-1].values["rows"]
         mark = None if rows is None else Mark(rows[0], rows[1], rows[3])
         return _Written(known, digest, mark) if known.st_size == end else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,11 +22,26 @@ _PIECE = 1 << 24  # numbers or bytes at a time
 _DTYPES = {str(t): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
+class Held:
+    """A file that can be read as it was when it was opened, whatever takes its name meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = open(path, "rb")  # noqa: SIM115 (closed when nothing is to be read any more)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+
+    def now(self) -> os.stat_result:
+        return os.fstat(self.file.fileno())
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file, read when it is wanted, into memory that is there already."""
 
-    path: Path
+    held: Held
     places: tuple[tuple[int, int], ...]  # (offset, rows)
     shape: tuple[int, ...]  # all rows
     dtype: torch.dtype
@@ -37,22 +53,20 @@ class Stored:
             raise ValueError(
                 f"expected {self.shape} {self.dtype}, got {tuple(out.shape)} {out.dtype}"
             )
-        with open(self.path, "rb") as file:
-            row = 0
-            for offset, rows in self.places:
-                file.seek(offset)
-                for piece in out[row : row + rows].view(-1).split(_PIECE):
-                    host = (
-                        piece
-                        if piece.device.type == "cpu"
-                        else torch.empty_like(piece, device="cpu")
-                    )
-                    if file.readinto(_bytes(host)) != host.nbytes:
-                        raise ValueError(f"{self.path} ends too early")
-                    if host is not piece:
-                        piece.copy_(host)
-                row += rows
+        row = 0
+        for offset, rows in self.places:
+            self.held.file.seek(offset)
+            for piece in out[row : row + rows].view(-1).split(_PIECE):
+                self._fill(piece)
+            row += rows
         return out
+
+    def _fill(self, piece: Tensor) -> None:
+        host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+        if self.held.file.readinto(_bytes(host)) != host.nbytes:
+            raise ValueError(f"{self.held.path} ends too early")
+        if host is not piece:
+            piece.copy_(host)
 
     def made(self) -> Tensor:
         """The tensor, in memory of its own."""
@@ -98,23 +112,22 @@ def write(
     return hashed.digest()
 
 
-def read(path: Path, device: torch.device) -> tuple[list[Found], int, bytes]:
+def read(held: Held, device: torch.device) -> tuple[list[Found], int, bytes]:
     """The whole records of a file, where they end, and the digest of the last; none of another file.
 
     What a write that was cut short has left behind them is not looked at. Tensors that were not on the
     host go to ``device``.
     """
     found: list[Found] = []
-    digest = b""
-    with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            return found, 0, digest
-        end, size = file.tell(), path.stat().st_size
-        while (after := _checked(file, size, digest)) is not None:
-            file.seek(end)
-            found.append(_record(file, path, device))
-            end, digest = after
-            file.seek(end)
+    digest, file = b"", held.file
+    if file.read(len(MAGIC)) != MAGIC:
+        return found, 0, digest
+    end, size = file.tell(), held.now().st_size
+    while (after := _checked(file, size, digest)) is not None:
+        file.seek(end)
+        found.append(_record(held, device))
+        end, digest = after
+        file.seek(end)
     return found, end, digest
 
 
@@ -131,7 +144,8 @@ def _checked(file: BinaryIO, size: int, before: bytes) -> tuple[int, bytes] | No
     return (file.tell(), hashed.digest()) if whole else None
 
 
-def _record(file: BinaryIO, path: Path, device: torch.device) -> Found:
+def _record(held: Held, device: torch.device) -> Found:
+    file = held.file
     length = _HEAD.unpack(file.read(_HEAD.size))[0]
 
     def place(storage: Any, location: str) -> Any:
@@ -143,7 +157,7 @@ def _record(file: BinaryIO, path: Path, device: torch.device) -> Found:
     offset, tensors = file.tell(), {}
     for name, kind, shape, on_host in content["tensors"]:
         home = torch.device("cpu") if on_host else device
-        stored = Stored(path, ((offset, shape[0]),), tuple(shape), _DTYPES[kind], home)
+        stored = Stored(held, ((offset, shape[0]),), tuple(shape), _DTYPES[kind], home)
         tensors[name] = stored
         offset += math.prod(shape) * stored.dtype.itemsize
     return Found(content["values"], tensors)

@@ -303,7 +303,9 @@ def test_a_used_up_iterator_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [[], (), DataLoader(TensorDataset(torch.ones(0, 4), torch.ones(0, 3)), 2)], ids=repr
+    "data",
+    [[], (), DataLoader(TensorDataset(torch.ones(0, 4), torch.ones(0, 3)), 2)],
+    ids=["list", "tuple", "loader"],
 )
 def test_data_without_batches_are_told(data: Any) -> None:
     H = hessian(data)

@@ -19,7 +19,8 @@ def fuse_additions(graph_module: fx.GraphModule) -> None:
         total, product = args_of(node)
         if not (isinstance(total, fx.Node) and isinstance(product, fx.Node)):
             continue  # a number
-        fused = _FUSED.get(product.target)
+        target: Any = product.target
+        fused = _FUSED.get(target)
         if fused is None or len(product.users) > 1 or _like(product) != _like(node):
             continue
         scales = dict(node.kwargs)
