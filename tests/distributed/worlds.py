@@ -56,6 +56,7 @@ def run(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, as torchrun's is
+            "OMP_NUM_THREADS": "1",  # as torchrun sets it
             **environment,
         }
         # pytest's names of test modules are not those that another process finds them by
