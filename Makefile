@@ -22,7 +22,7 @@ test: .venv/dev
 kernels: $(KERNELS)
 
 $(KERNELS): .venv/dev
-	$(BIN)/python -m pytest $(THREADS) $(TESTS)
+	$(BIN)/python $(SHARED) $(THREADS) $(TESTS)
 
 kernels-sse42: export MKL_ENABLE_INSTRUCTIONS := SSE4_2
 kernels-sse42: export ONEDNN_MAX_CPU_ISA := SSE41
