@@ -44,7 +44,8 @@ def test_larger_layers_are_told_within_their_errors() -> None:
         negative = -eigenvalues.clamp(max=0).sum() / eigenvalues.abs().sum()
         assert abs(found.trace[i] - eigenvalues.sum()) <= 5 * found.trace_error[i] + 1e-12
         assert abs(found.largest[i] - eigenvalues[-1]) <= found.residual[i] + 1e-12
-        assert abs(found.negative[i] - negative) <= 5 * found.negative_error[i]
+        rounding = (stop - start) * 2.0**-52  # null eigenvalues come out on either side of zero
+        assert abs(found.negative[i] - negative) <= 5 * found.negative_error[i] + rounding
         assert found.negative_error[i] < 0.1  # and they are of use
 
 
