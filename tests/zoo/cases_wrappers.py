@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,12 @@ def distributed(model: nn.Module) -> nn.Module:
         dist.destroy_process_group()
 
 
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Wrap as a machine without GPUs does; with one, the model would be moved there."""
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        return nn.DataParallel(model)
+
+
 def hooked(model: nn.Sequential) -> nn.Module:
     kept: list[Tensor] = []
 
@@ -73,8 +80,8 @@ WRAPPERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     "compiled_in_place": compiled_in_place,
     "compiled_submodule": inner_compiled,
     "compiled_submodule_in_place": inner_compiled_in_place,
-    "data_parallel": nn.DataParallel,
-    "data_parallel_of_compiled": lambda model: nn.DataParallel(compiled(model)),
+    "data_parallel": data_parallel,
+    "data_parallel_of_compiled": lambda model: data_parallel(compiled(model)),
     "distributed_data_parallel": distributed,
     "averaged_model": AveragedModel,
     "averaged_model_ema": lambda model: AveragedModel(
