@@ -149,4 +149,4 @@ AIMS = {
     for n in SIZES
     for name in ("eigsh(k=2)", "cg", "trace", "density")
 }
-AIMS[question("a block of 8", SIZES[-1])] = 1.1
+AIMS |= {question("a block of 8", n): 1.1 for n in SIZES}
