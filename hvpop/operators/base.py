@@ -108,7 +108,7 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         owners = [
             next(k for k in order if hook in vars(k)) for hook in ("_apply", "_apply_transpose")
         ]
-        return all(vars(k).get("_fresh", k is LinearOperator) for k in owners)
+        return all(k is LinearOperator or vars(k).get("_fresh", False) for k in owners)
 
     def _averages_data(self) -> bool:
         """Whether this matrix, or any that it is made of, averages over data."""

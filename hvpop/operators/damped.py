@@ -46,6 +46,8 @@ class Damped(Composite):
     tensor([3., 2.])
     """
 
+    _fresh = True
+
     def __init__(
         self, A: LinearOperator, damping: float | Tensor | NDArrayAny | Mapping[str, float] = 0.0
     ) -> None:

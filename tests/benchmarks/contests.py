@@ -155,12 +155,18 @@ def timed(
 
 
 def one_product(workload: Workload, plan: Plan) -> list[Row]:
+    entrants = (ours.LIVE, *_kept(plan), *peers.PEERS)
+    return product_among(entrants, workload, plan, "one product")
+
+
+def product_among(
+    entrants: Sequence[Entrant], workload: Workload, plan: Plan, question: str
+) -> list[Row]:
     v = workload.vectors()
     truth = true_product(workload, v)
-    entrants = (ours.LIVE, *_kept(plan), *peers.PEERS)
     attempts = [_multiplying(e, workload, v, truth, "vector") for e in entrants]
     unit = peers.gradient(workload)
-    return timed(workload.name, "one product", attempts, plan, unit, limits=limit(workload))
+    return timed(workload.name, question, attempts, plan, unit, limits=limit(workload))
 
 
 def sixteen_columns(workload: Workload, plan: Plan) -> list[Row]:

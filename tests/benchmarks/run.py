@@ -51,7 +51,7 @@ def main() -> None:
         if name == large.NAME:
             for found in large.measured(plan):
                 rows += found
-                print(report.table("a diagonal", found), flush=True)
+                print(report.table("float32", found), flush=True)
             continue
         workload = WORKLOADS[name]()
         for contest in CONTESTS[name]:

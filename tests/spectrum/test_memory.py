@@ -47,6 +47,8 @@ CALLS = {
     "trace": ("trace(A, max_products=40)", 1 + 6),
     "spectral_density": ("spectral_density(A, steps=8, max_products=8)", 4),
     "cg": ("cg(A, b, rtol=1e-4, max_steps=30)", 6),
+    "a damped block": ("A @ A.space.random(lambda v: v.fill_(1.0), 8)", 8 + 8),
+    "a block of a sum": ("(A + A) @ A.space.random(lambda v: v.fill_(1.0), 8)", 8 + 2 * 8),
     "minres": ("minres(A, b, rtol=1e-4, max_steps=30)", 11),
 }
 
