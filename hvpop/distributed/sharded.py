@@ -120,6 +120,19 @@ class SharedSpace(Space):
         parts = self._team.side_by_side(part)  # (size, k, most)
         return parts.transpose(0, 1).reshape(V.shape[1], -1)[:, : self.order].T
 
+    # -- what processes say -----------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return bool(self._team.rank == 0)
+
+    def told(self, thing: Any = None) -> Any:
+        found = self._team.command(thing)
+        return thing if self.leads else found
+
+    def given(self, v: Tensor) -> Tensor:
+        return self._team.share(v, 0)
+
     # -- sums -------------------------------------------------------------------------------------
 
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
