@@ -371,6 +371,11 @@ class DataParallel(LinearOperator):
         self._together("is_current")
         return all(self.team.everyone(self.source.is_current()))
 
+    def _uses(self, count: int | None = None) -> int:
+        if count is not None:
+            self._together("_uses", count)
+        return self.source._uses(count)
+
     def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
         if id(self) not in done:
             self._together("_linearized_too", memory)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import torch
 from torch import Tensor
 
 from . import expression, probes
@@ -63,7 +64,8 @@ class Checkpoint:
         own = f"{socket.gethostname()} {self._target.name}".encode()
         self._prefix = f".hvpop-{hashlib.blake2b(own, digest_size=6).hexdigest()}-"
         self._written: _Written | None = None
-        self._device = A.device
+        self._operator, self._device = A, A.device
+        self._uses = expression.uses(A)
         self._saved_at = time.monotonic()
         self._cost = 0.0
         self._warned = False
@@ -78,6 +80,8 @@ class Checkpoint:
         if found is None:
             return None
         values, counts = found
+        self._uses = values["uses"]
+        expression.used(self._operator, self._uses)
         state = {**values["state"]}
         for name, count in counts.items():
             one, upright = stored.get(name), name not in values["transposed"]
@@ -249,10 +253,18 @@ class Checkpoint:
                 if process.isdigit() and entry.name not in _open and not _alive(int(process)):
                     entry.unlink(missing_ok=True)
 
+    def stepped(self) -> None:
+        """A step is done: how much the operator was used belongs to the state after it.
+
+        Of a step that fails, the next one after a restart repeats all products.
+        """
+        self._uses = expression.uses(self._operator)
+
     def due(self) -> bool:
         """Whether it is time to save again, for all processes alike."""
         due = time.monotonic() - self._saved_at > max(_PAUSE, self._cost / _SHARE)
-        return bool(self._space.told(due))
+        said = torch.tensor([float(due)], device=self._device)
+        return bool(self._space.given(said)) if self._space.shared else due
 
     def _content(
         self, state: Mapping[str, Any], rows: Rows | None, first: int
@@ -278,7 +290,8 @@ class Checkpoint:
             place = [rows.name, rows.generation, first, rows.values.shape[0]]
             new = rows.values[first:]
             tensors[rows.name] = Parts(new.T, self._space) if in_parts else new
-        return {"state": small, "rows": place, "transposed": transposed}, tensors
+        values = {"state": small, "rows": place, "transposed": transposed, "uses": self._uses}
+        return values, tensors
 
     def _refuse_place(self, task: str) -> None:
         """Refuse a path where no file can be, before there is work that would be lost."""

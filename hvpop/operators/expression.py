@@ -56,6 +56,24 @@ def products(A: LinearOperator) -> list[Tensor]:
     return [product.clone() for kept in found.values() for product in kept]
 
 
+def _leaves(A: LinearOperator) -> list[LinearOperator]:
+    """The parts that are made of no others, each once."""
+    children = A._children()
+    found = [leaf for part in children for leaf in _leaves(part)] if children else [A]
+    return list({id(leaf): leaf for leaf in found}.values())
+
+
+def uses(A: LinearOperator) -> list[int]:
+    """What each part says of how much it was used, where that decides how it multiplies."""
+    return [part._uses() for part in _leaves(A)]
+
+
+def used(A: LinearOperator, counts: list[int]) -> None:
+    """Let the parts go on as if they had been used so much."""
+    for part, count in zip(_leaves(A), counts, strict=True):
+        part._uses(count)
+
+
 def difference(one: Tensor, other: Tensor) -> float:
     """How far two products with the probe are apart, relative to them; 0 if by rounding alone.
 

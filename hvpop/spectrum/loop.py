@@ -118,6 +118,8 @@ def run(
                 if left < task.price(state):
                     break
                 before, state = state.products, task.advance(state, left)
+                if file is not None:
+                    file.stepped()
                 if bar is not None:
                     bar.set_postfix_str(task.report(state), refresh=False)
                     bar.update(state.products - before)

@@ -37,7 +37,7 @@ RUNS |= {
 PRODUCTS = 60
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Instead of a kill, which takes a process each time."""
 
 
@@ -50,7 +50,7 @@ def operator(team: Team, passes: list[int], last: float) -> Sharded:
     def product(V: torch.Tensor) -> torch.Tensor:
         passes[0] += 1
         if passes[0] > last:
-            raise Stopped
+            raise StoppedError
         return M @ V
 
     return Sharded(FromFunction(product, M.shape, dtype=M.dtype, symmetric=True), team)
@@ -78,7 +78,7 @@ def runs(
         A = operator(team, passes, last.get(name, np.inf))
         try:
             results[name] = found(run(A, max_products=PRODUCTS, **saved), A.space.whole)
-        except Stopped:
+        except StoppedError:
             assert last
         counts[name] = passes[0]
     return results, counts
