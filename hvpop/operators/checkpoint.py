@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -26,6 +26,8 @@ from .space import Space
 
 T = TypeVar("T")
 
+Place = str | os.PathLike[str]
+
 _PAUSE = 10.0  # seconds between two saves at least, ...
 _SHARE = 0.05  # ... and more where saving would take a larger share of the time than this
 
@@ -36,7 +38,7 @@ class Checkpoint:
     The operator is recognised by how it is put together (sums, scales, damping) and by the product of
     each of its parts with a seeded vector of signs, so that the same matrix is accepted from a new
     process and another point, data set, loss or damping is not. It costs about one product, which is
-    not counted in the budget. What the file holds carries a checksum.
+    not counted in the budget; so are ``also`` others (a preconditioner). What the file holds carries a checksum.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Checkpoint:
         A: LinearOperator,
         settings: Mapping[str, Any],
         vectors: Collection[str] = (),
+        also: Sequence[LinearOperator] = (),
     ) -> None:
         self.path, self._task = Path(path), task
         self._space, self._vectors = A.space, frozenset(vectors)
@@ -59,7 +62,9 @@ class Checkpoint:
             "operator": expression.structure(A),
             "settings": dict(settings),
         }
-        products = expression.products(A)
+        if also:
+            self.identity["further operators"] = [expression.structure(one) for one in also]
+        products = [y for one in (A, *also) for y in expression.products(one)]
         self._products = products if self._space.leads else []
         own = f"{socket.gethostname()} {self._target.name}".encode()
         self._prefix = f".hvpop-{hashlib.blake2b(own, digest_size=6).hexdigest()}-"
@@ -260,6 +265,11 @@ class Checkpoint:
         """
         self._uses = expression.uses(self._operator)
 
+    def due_after_step(self) -> bool:
+        """`stepped`, and whether it is time to save."""
+        self.stepped()
+        return self.due()
+
     def due(self) -> bool:
         """Whether it is time to save again, for all processes alike."""
         due = time.monotonic() - self._saved_at > max(_PAUSE, self._cost / _SHARE)
@@ -307,8 +317,8 @@ class Checkpoint:
             )
 
     def _refuse_other(self, identity: Mapping[str, Any]) -> None:
-        for key, mine in self.identity.items():
-            if identity.get(key) != mine:
+        for key in {**self.identity, **identity}:
+            if identity.get(key) != (mine := self.identity.get(key)):
                 raise ValueError(
                     f"checkpoint {self.path} belongs to another computation: its {key} is "
                     f"{identity.get(key)!r}, here it is {mine!r}; delete it or choose another path"

@@ -118,12 +118,11 @@ def run(
                 if left < task.price(state):
                     break
                 before, state = state.products, task.advance(state, left)
-                if file is not None:
-                    file.stepped()
+                due = file is not None and file.due_after_step()
                 if bar is not None:
                     bar.set_postfix_str(task.report(state), refresh=False)
                     bar.update(state.products - before)
-                if file is not None and file.due():
+                if file is not None and due:
                     file.save(task.pack(state), task.rows(state))
                     saved_last = state
         status = task.short(state) if verdict is None else verdict

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvpop import FromFunction, spectrum
+from hvpop import FromFunction, solvers, spectrum
 from hvpop.distributed import Sharded, Team
 from hvpop.operators import checkpoint
 
@@ -34,7 +34,19 @@ RUNS |= {
     )
     for method in ("hutchinson", "xdiag")
 }
-PRODUCTS = 60
+PRODUCTS = 40
+
+
+def solver(name: str, **options: Any) -> Any:
+    def run(A: Any, max_products: int, **kw: Any) -> Any:
+        b = torch.randn(N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        return getattr(solvers, name)(A, A.space.own(b), rtol=1e-8, **options, **kw)
+
+    return run
+
+
+RUNS |= {name: solver(name) for name in ("cg", "block_cg", "minres")}
+RUNS["lsmr"] = solver("lsmr", damping=1e-2)
 
 
 class StoppedError(Exception):
@@ -60,6 +72,8 @@ def found(result: Any, whole: Any) -> np.ndarray:
     if hasattr(result, "eigenvalues"):
         v = whole(result.eigenvectors)
         return torch.cat([result.eigenvalues[None], v * v[:1].sign()]).numpy()
+    if hasattr(result, "x"):
+        return whole(result.x).numpy()
     value = torch.as_tensor(result.value).reshape(-1)
     return (
         whole(value[:, None]) if result.__class__.__name__ == "DiagonalEstimate" else value
@@ -69,8 +83,9 @@ def found(result: Any, whole: Any) -> np.ndarray:
 def runs(
     team: Team, folder: str | None, last: dict[str, int]
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """What each computation finds in how many passes, saved after every step."""
-    checkpoint._PAUSE, checkpoint._SHARE = 0.0, 1e9
+    """What each computation finds in how many passes, saved after every step if it is to fail."""
+    if last:
+        checkpoint._PAUSE, checkpoint._SHARE = 0.0, 1e9
     results, counts = {}, {}
     for name, run in RUNS.items():
         saved = {} if folder is None else {"checkpoint": Path(folder) / name}
@@ -95,8 +110,10 @@ def test_a_run_of_four_processes_goes_on_with_four_to_the_same_bits_and_with_few
         folder = shutil.copytree(left, tmp_path / str(ranks))
         for others, passes in worlds.all_of(runs, ranks, str(folder), {}):
             for name, value in expected.items():
-                assert passes[name] <= counts[name] - last[name] + 3, name
+                assert passes[name] < 0.8 * counts[name], name
                 if ranks == 4:
                     np.testing.assert_array_equal(others[name], value, name)
-                atol = 1e-9 * abs(value).max()
+                atol = (1e-4 if name == "lsmr" else 1e-6) * abs(
+                    value
+                ).max()  # as they are asked for
                 np.testing.assert_allclose(others[name], value, rtol=0, atol=atol, err_msg=name)
