@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, Space
+from ..operators import BatchForms, LinearOperator, Space
 from ..operators.algebra import Composite
 from ..operators.crossing import working_dtype
 from .team import Team, init
@@ -74,6 +74,9 @@ class Sharded(Composite):
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._space.own(self.parts[0]._apply(self._space.whole(V)))
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        return self.parts[0]._batch_forms(self._space.whole(V), batches)
 
 
 class SharedSpace(Space):
