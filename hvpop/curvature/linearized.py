@@ -126,6 +126,13 @@ class Linearized(DataAverage):
             self._preparation = None  # its maps are those of the strategy that failed
         return super().strategies_left(count)
 
+    def _uses(self, count: int | None = None) -> int:
+        if count is not None:
+            self._products = count
+            if count < TRACE_AFTER and self._preparation is not None and self._preparation.traced:
+                self._preparation = None
+        return self._products
+
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled; a copy prepares anew. SciPy has state of its own.
         state: dict[str, Any] = super().__getstate__()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, Space
+from ..operators import BatchForms, LinearOperator, Space
 from ..operators.algebra import Composite
 from ..operators.crossing import working_dtype
 from .team import Team, init
@@ -75,6 +75,9 @@ class Sharded(Composite):
     def _apply(self, V: Tensor) -> Tensor:
         return self._space.own(self.parts[0]._apply(self._space.whole(V)))
 
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        return self.parts[0]._batch_forms(self._space.whole(V), batches)
+
 
 class SharedSpace(Space):
     """A `Space` of vectors of ``order`` entries, of which ``n`` in a row are held here."""
@@ -119,6 +122,19 @@ class SharedSpace(Space):
         part[:, : V.shape[0]] = V.T
         parts = self._team.side_by_side(part)  # (size, k, most)
         return parts.transpose(0, 1).reshape(V.shape[1], -1)[:, : self.order].T
+
+    # -- what processes say -----------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return bool(self._team.rank == 0)
+
+    def told(self, thing: Any = None) -> Any:
+        found = self._team.command(thing)
+        return thing if self.leads else found
+
+    def given(self, v: Tensor) -> Tensor:
+        return self._team.share(v, 0)
 
     # -- sums -------------------------------------------------------------------------------------
 

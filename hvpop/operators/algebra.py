@@ -98,7 +98,7 @@ class Sum(Composite):
         if forms is None:
             return None
         others = (part for part in self.parts if part is not of_data[0])
-        return reduce(BatchForms.shifted, ((V * B._apply(V)).sum(0) for B in others), forms)
+        return reduce(BatchForms.shifted, (self.space.dots(V, B._apply(V)) for B in others), forms)
 
 
 class Product(Composite):

@@ -99,6 +99,13 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         """See `batch_forms`; implemented by what averages over data."""
         return None
 
+    def _uses(self, count: int | None = None) -> int:
+        """How many products were made, if that decides how the next are; ``count`` from now on, if given.
+
+        A computation that is resumed goes on with the bits that it would have had.
+        """
+        return 0
+
     def _gives_fresh(self) -> bool:
         """Whether the classes that implement the hooks say that their results are `_fresh`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,19 @@ class Space:
     def whole(self, V: Tensor) -> Tensor:
         """Whole vectors ``(N, k)`` from the parts of them that are held here and elsewhere."""
         return V
+
+    # -- what processes say, where vectors are held by several -------------------------------------
+
+    leads = True
+    """Whether this process is the one that writes files."""
+
+    def told(self, thing: Any = None) -> Any:
+        """What the process that leads says, on all of them."""
+        return thing
+
+    def given(self, v: Tensor) -> Tensor:
+        """The tensor of the process that leads, in the memory of ``v``, on all of them."""
+        return v
 
     # -- sums -------------------------------------------------------------------------------------
 

@@ -9,13 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
+from ..operators.checkpoint import Rows, digest
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
-from . import probes
 from .basis import Complement, Turn, combined
-from .checkpoint import Rows, digest
 from .copies import Search
 from .loop import Task
 from .results import Eigenpairs, Status
@@ -56,7 +55,7 @@ class Krylov:
 
 
 class Lanczos(Task[Krylov]):
-    name = "eigsh"
+    name, vectors = "eigsh", ("X",)
     turning: tuple[Turn, Krylov] | None  # the restart made last, and the state after it
 
     def __init__(
@@ -441,7 +440,7 @@ class Lanczos(Task[Krylov]):
     def settings(self) -> Mapping[str, Any]:
         return {
             "k": self.k, "which": self.which, "block": self.block, "basis": self.basis,
-            "seed": self.seed, "v0": digest(self.v0), "deflate": digest(self.U),
+            "seed": self.seed, "v0": digest(self.v0, self.space), "deflate": digest(self.U, self.space),
         }  # fmt: skip
 
     def pack(self, state: Krylov) -> dict[str, Any]:

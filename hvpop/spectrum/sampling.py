@@ -229,6 +229,8 @@ class Completing(Sampling[C]):
     no error would be believed before, else while the probes are still well independent.
     """
 
+    vectors: tuple[str, ...] = ("known.Q", "known.AQ")
+
     def __init__(
         self, A: LinearOperator, rtol: float | None, block: int | None, seed: Seed
     ) -> None:

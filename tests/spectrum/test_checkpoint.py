@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from hvpop import Damped, Dense, Diagonal, FromFunction, Identity, LinearOperator
-from hvpop.spectrum import checkpoint as files
+from hvpop.operators import checkpoint as files
+from hvpop.operators import records
 from hvpop.spectrum import (
     diagonal,
     eigsh,
     frobenius_norm,
     logdet,
-    records,
     spectral_density,
     spectral_norm,
     trace,
@@ -206,7 +206,7 @@ def written(path: Path, content: object) -> bytes:
 def test_a_file_that_is_no_checkpoint_is_refused_and_kept(content: object, tmp_path: Path) -> None:
     path = tmp_path / "thesis.tex"
     before = written(path, content)
-    refusal = r"thesis\.tex is not a checkpoint of hvpop\.spectrum; give another path, or delete the file$"
+    refusal = r"thesis\.tex is not a checkpoint of hvpop; give another path, or delete the file$"
     with pytest.raises(ValueError, match=refusal):
         eigsh(A, 4, checkpoint=path)
     assert path.read_bytes() == before
@@ -437,7 +437,8 @@ def test_of_a_torn_write_the_last_whole_state_is_used(
 def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     path, other = tmp_path / "state.pt", tmp_path / "other.pt"
     script = (
-        "import os, signal, sys, torch; from hvpop import Diagonal; from hvpop.spectrum import eigsh, checkpoint\n"
+        "import os, signal, sys, torch; from hvpop import Diagonal; from hvpop.operators import checkpoint; "
+        "from hvpop.spectrum import eigsh\n"
         "checkpoint._flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
         "eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=sys.argv[1])"
     )

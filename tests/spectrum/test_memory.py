@@ -14,7 +14,8 @@ SCRIPT = """
 import re, sys, torch
 from hvpop import Damped, Diagonal
 from hvpop.solvers import cg, minres
-from hvpop.spectrum import checkpoint, eigsh, spectral_density, trace
+from hvpop.operators import checkpoint
+from hvpop.spectrum import eigsh, spectral_density, trace
 
 torch.set_num_threads(1)
 checkpoint._PAUSE, checkpoint._SHARE = 0.0, 1e9  # after every step

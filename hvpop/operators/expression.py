@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import Damped, LinearOperator, Space
-from ..operators.measured import Measured
 from . import probes
+from .base import LinearOperator
+from .damped import Damped
+from .measured import Measured
+from .space import Space
 
 
 def structure(A: LinearOperator) -> list[Any]:
@@ -29,7 +31,7 @@ def structure(A: LinearOperator) -> list[Any]:
 
 
 def products(A: LinearOperator) -> list[Tensor]:
-    """Those of each part and each damping with a fixed vector of signs, ``(m,)`` on the host.
+    """Those of each part and each damping with a fixed vector of signs, whole, ``(m,)`` on the host.
 
     Taken apart, a small term is seen beside a large one. No part is multiplied twice.
     """
@@ -41,16 +43,35 @@ def products(A: LinearOperator) -> list[Tensor]:
         children = part._children()
         found[id(part)] = []
         if not children:
-            found[id(part)] = [(part @ _probe(part))[:, 0].cpu()]
+            found[id(part)] = [part.space.whole(part @ _probe(part))[:, 0].cpu()]
         elif isinstance(part, Measured):
             _ = part @ _probe(part)  # its unit is that of its first product: the same in every run
         elif isinstance(part, Damped):
-            found[id(part)] = [part.damping(_probe(part)).expand(part.shape[0], 1)[:, 0].cpu()]
+            damping = part.damping(_probe(part)).expand(part.held[0], 1)
+            found[id(part)] = [part.space.whole(damping)[:, 0].cpu()]
         for child in children:
             visit(child)
 
     visit(A)
     return [product.clone() for kept in found.values() for product in kept]
+
+
+def _leaves(A: LinearOperator) -> list[LinearOperator]:
+    """The parts that are made of no others, each once."""
+    children = A._children()
+    found = [leaf for part in children for leaf in _leaves(part)] if children else [A]
+    return list({id(leaf): leaf for leaf in found}.values())
+
+
+def uses(A: LinearOperator) -> list[int]:
+    """What each part says of how much it was used, where that decides how it multiplies."""
+    return [part._uses() for part in _leaves(A)]
+
+
+def used(A: LinearOperator, counts: list[int]) -> None:
+    """Let the parts go on as if they had been used so much."""
+    for part, count in zip(_leaves(A), counts, strict=True):
+        part._uses(count)
 
 
 def difference(one: Tensor, other: Tensor) -> float:
