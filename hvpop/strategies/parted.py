@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,13 +11,13 @@ from torch.autograd import forward_ad
 
 from ..exchange import dual_level
 from ..graph import edge, leaves_of
-from ..interception import Interception
+from ..interception import Interception, Table
 from ..marker import AT_MARKS, Cut, Cutting
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
 from .forward import ForwardMode, load_forward_rules
 from .referee import norm
 from .rounding import rounding
-from .tangents import TANGENTS
+from .tangents import TANGENTS, DifferentiatedInsideError
 
 Tensors = list[Tensor]
 
@@ -24,7 +25,7 @@ Tensors = list[Tensor]
 class Parted:
     """A function at a point: ``outputs`` of the parameters, and ``loss`` of ``leaves`` in their place.
 
-    ``cutting`` says where.
+    ``cutting`` says where; what is in ``handing`` is handed to the loss in place of outputs of its shape.
 
     Raises
     ------
@@ -39,6 +40,7 @@ class Parted:
         args: tuple[object, ...],
         tangents: Params | None = None,
         cutting: Cutting = AT_MARKS,
+        handing: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.fn, self.args = fn, args
         self.point = leaves(params, differentiable=False)
@@ -48,9 +50,10 @@ class Parted:
                 n: forward_ad.make_dual(p, plain(tangents[n]).to(p.dtype))
                 for n, p in self.point.items()
             }
-        cut = Cut(cutting)
+        cut = Cut(cutting, handing)
         with at(fn, place, *args), cut:
             self.loss = fn(place, *args)
+        self.handed = cut.leaves  # all of them
         self.outputs, self.leaves, self.calls = cut.outputs, cut.leaves, cut.calls
         self.cutting = cutting
         if cutting.at_calls:
@@ -188,7 +191,21 @@ def pushed_forward(
 ) -> tuple[Parted, Tensors]:
     """A parted function, and ``J v`` by dual numbers: both from one evaluation."""
     load_forward_rules()
-    with grad_enabled(), dual_level(), ForwardMode(), Interception(TANGENTS):
+    try:
+        return _pushed_forward(fn, params, args, v, cutting, TANGENTS)
+    except DifferentiatedInsideError:  # torch's own rules keep tangents in the graph
+        return _pushed_forward(fn, params, args, v, cutting, {})
+
+
+def _pushed_forward(
+    fn: ScalarFunction,
+    params: Params,
+    args: tuple[object, ...],
+    v: Params,
+    cutting: Cutting,
+    rules: Table,
+) -> tuple[Parted, Tensors]:
+    with grad_enabled(), dual_level(), ForwardMode(), Interception(rules):
         parted = Parted(fn, params, args, v, cutting)
         tangents = [
             torch.zeros_like(z) if t is None else t.detach()
@@ -215,7 +232,8 @@ class Differences:
 
     def _at(self, v: Params, h: float) -> Tensors:
         fn, args = self._parted.fn, self._parted.args
-        moved = {n: p.detach() + h * v[n] for n, p in self._parted.point.items()}
+        place = {n: p.detach() + h * v[n] for n, p in self._parted.point.items()}
+        moved = leaves(place, differentiable=False)  # hooks in a model want what they are put on to
         cut = Cut(self._parted.cutting)
         with at(fn, moved, *args), cut:
             fn(moved, *args)

@@ -607,3 +607,59 @@ def test_nothing_of_the_users_changes() -> None:
         if g is not None
     )
     assert torch.equal(state, torch.get_rng_state())
+
+
+def averaged_by_hand(z: Tensor, y: Tensor) -> Tensor:
+    kept = (y != -100).to(z)
+    own = z.logsumexp(1) - z.gather(1, y.clamp_min(0)[:, None])[:, 0]
+    return (own * kept).sum() / kept.sum().clamp_min(1)
+
+
+def averaged_by_a_count(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, reduction="sum", ignore_index=-100) / (y != -100).sum()
+
+
+@pytest.mark.parametrize("loss", [averaged_by_hand, averaged_by_a_count])
+@pytest.mark.parametrize("linearized", [False, True])
+def test_a_law_that_holds_of_the_first_batch_is_seen_to_hold_of_others(
+    loss: Any, linearized: bool
+) -> None:
+    model, labels = nn.Linear(3, 4).double(), classes(20, of=4)
+    labels[12:17] = -100  # the first batch has all of its targets
+    data = split((random(20, 3), labels), [10, 10])
+    for kind in (EmpiricalFisherOperator, GradientOperator):
+        matrix: Any = kind(model, loss, data, average=BATCHES)
+        with pytest.raises(ValueError, match="samples' own"):
+            (matrix.linearize() if linearized else matrix) @ random(16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_weights_of_samples_that_are_all_one_in_the_first_batch_stay_what_they_are(
+    scale: float,
+) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return scale * (F.cross_entropy(z, y[:, 0].long(), reduction="none") * y[:, 1]).mean()
+
+    weights = random(20, seed=3).abs()
+    weights[:7] = 1
+    targets = torch.stack([classes(20, of=4).double(), weights], 1)
+    model, X = nn.Linear(3, 4).double(), random(20, 3)
+    G = GradientOperator(model, loss, split((X, targets), [7, 8, 5]))
+    own = [flat(model, loss(model(X[i : i + 1]), targets[i : i + 1])) for i in range(20)]
+    torch.testing.assert_close(G.to_dense(), torch.stack(own), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(G.weights, torch.full((20,), 1 / 20, dtype=torch.float64))
+
+
+def test_rows_of_a_fit_that_leaves_little_are_compared_with_their_own_rounding() -> None:
+    model, X = nn.Linear(3, 4), random(18, 3).float()
+    with torch.no_grad():
+        model.weight.mul_(30)
+        labels = model(X).argmax(1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()
+
+    G = GradientOperator(model, loss, split((X, labels), [7, 6, 5]))
+    exact = copy.deepcopy(model).double()
+    truth = GradientOperator(exact, nn.CrossEntropyLoss(), [(X.double(), labels)]).to_dense()
+    assert error(G.to_dense().double(), truth) < 1e-5
