@@ -19,7 +19,7 @@ from ..operators import LinearOperator
 from ..report import PARTS, Analysis, analyze, render
 from ..report import compare as compared
 from .demo import digits
-from .target import UsageError, function_of, operator_of, users_code
+from .target import UsageError, failure, function_of, operator_of, users_code
 from .words import shown
 
 FINE, FINDING, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -149,7 +149,7 @@ def report(
     checkpoint: CheckpointFolder = None,
     as_json: Json = False,
 ) -> None:
-    """All there is to know, as one HTML file without scripts; with --json on stdout, too."""
+    """All there is to know, as one HTML page; --json: on stdout, too."""
     H = _operator(target, matrix, params, data_batches, device, weights, seed)
     _report(H, output, k, which.value, max_products, seed, checkpoint, as_json)
 
@@ -177,7 +177,7 @@ def demo(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a small network on handwritten digits, and report on its Hessian."""
+    """A report on a small network, with nothing given."""
     _tell("training a 64-16-10 network on handwritten digits, on the CPU")
     with _usage_errors():
         H = operator_of(digits(seed), target="hvpop demo", seed=seed)
@@ -297,8 +297,10 @@ class _usage_errors:  # noqa: N801 (used like a function)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._warnings.__exit__(kind, error, trace)
-        if isinstance(error, UsageError | ValueError | TypeError | FloatingPointError | OSError):
-            _usage(" ".join(str(error).split()))
         if isinstance(error, KeyboardInterrupt):
             _tell("interrupted before there was anything to show")
             raise typer.Exit(INTERRUPTED)
+        if isinstance(error, UsageError | ValueError | TypeError | FloatingPointError | OSError):
+            _usage(" ".join(str(error).split()))
+        if isinstance(error, Exception) and not isinstance(error, typer.Exit):
+            _usage(failure(error))  # 1, which Python would exit with, is a finding

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -44,7 +46,13 @@ def function_of(target: str) -> Callable[[], Any]:
         ]
         raise UsageError(f"{place} has no {name}; it has {', '.join(there[:8]) or 'no functions'}")
     if not callable(found):
-        raise UsageError(f"{target} is a {type(found).__name__}, no function; {EXPECTED}")
+        raise UsageError(f"{target} is no function but {found!r:.40}; {EXPECTED}")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UsageError(f"{target} cannot be called with nothing: {error}; {EXPECTED}") from error
+    except ValueError:  # a builtin's, which does not tell its arguments
+        pass
     return found  # type: ignore[no-any-return]
 
 
@@ -87,11 +95,17 @@ class users_code:  # noqa: N801 (used like a function)
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or isinstance(error, KeyboardInterrupt | UsageError):
             return
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        text = " ".join(str(error).split())
-        raise UsageError(f"{self.what} raised {type(error).__name__}: {text} ({place})") from error
+        raise UsageError(f"{self.what} raised {failure(error)}") from error
+
+
+def failure(error: BaseException) -> str:
+    """An exception and where it came from, in one line: the user's code, if that was reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = str(Path(torch.__file__).parents[1]), str(Path(__file__).parents[1])
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    place = (own or frames)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({place.filename}:{place.lineno})"
 
 
 def operator_of(

@@ -37,6 +37,24 @@ def nothing():
 def broken():
     raise RuntimeError("no such file of mine")
 
+def needy(where):
+    return make()
+
+def narrow():
+    model, loss, data = make()
+    return model, loss, [(x[:, :2], y) for x, y in data]
+
+class Strict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return x.missing
+
+def strict():
+    return Strict(), nn.MSELoss(), [(torch.ones(6, 2), torch.ones(6, 2))]
+
 class Forgetful(nn.Module):
     def __init__(self):
         super().__init__()
@@ -116,13 +134,19 @@ def test_equal_runs_give_equal_bytes(target: str) -> None:
         ("train.py:mak", "train.py has no mak; it has make, risk"),
         ("train.py:nothing", "returned int; TARGET is"),
         ("train.py:broken", "train.py:broken raised RuntimeError: no such file of mine ("),
+        ("train.py:needy", "cannot be called with nothing: missing a required argument: 'where'"),
+        (
+            "train.py:narrow",
+            "RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x2 and 3x4)",
+        ),
+        ("train.py:strict", "/train.py:"),
     ],
 )
 def test_a_bad_target_gets_one_line(target: str, says: str) -> None:
     result = hvpop("spectrum", target)
     assert result.exit_code == 2
     assert result.stdout == ""
-    (line,) = [x for x in result.stderr.splitlines() if not x.startswith("running ")]
+    (line,) = [x for x in result.stderr.splitlines() if not x.startswith(("running ", "<"))]
     assert line.startswith("hvpop: ")
     assert says in line
 
