@@ -1,6 +1,6 @@
 """The sharpness of the ResNet-18 through training, each search warm from the step before: products, time, memory.
 
-``python tests/benchmarks/sharpness.py --picture docs/images/resnet-sharpness.png`` records 20 steps in some minutes.
+``python tests/benchmarks/sharpness.py --picture docs/images/resnet-sharpness.png`` records 20 steps; minutes.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def draw(rows: list[tuple[float, float, int, float]], path: Path) -> None:
     below.bar(range(len(rows)), products, color="#9dbfdd")
     below.set_title("Products of the search, warm from the step before")
     below.set_xlabel("step")
+    below.set_xticks(range(0, len(rows), 5))
     for axes in (above, middle, below):
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,16 @@ def test_a_finished_run_is_not_run_again(name: str, tmp_path: Path) -> None:
     assert again.status == first.status
     for mine, theirs in zip(bits(again), bits(first), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_the_bar_of_a_resumed_run_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "state.pt"
+    before = eigsh(A, 4, max_products=20, checkpoint=path)
+    eigsh(A, 4, max_products=500, checkpoint=path, progress=True)
+    counts = re.findall(r"(\d+)/500", capsys.readouterr().err)
+    assert int(counts[0]) == before.products > 0
 
 
 def test_a_spent_budget_can_be_raised(tmp_path: Path) -> None:

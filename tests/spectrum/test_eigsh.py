@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from torch import Tensor
 
 from hvpop import Dense, Diagonal, FromFunction, LinearOperator
 from hvpop.spectrum import eigsh
@@ -320,6 +321,36 @@ def test_single_precision_and_half_models_converge() -> None:
     )
     half = FromFunction(lambda V: M.float() @ V, (150, 150), dtype=torch.bfloat16, symmetric=True)
     assert eigsh(half, 3).eigenvectors.dtype is torch.float32
+
+
+def test_a_million_entries_in_single_precision_converge_to_the_default_tolerance() -> None:
+    """``8 q q' + 10 p p' + P D P``: ``P`` projects on what is orthogonal to both signs, ``D`` is in [0, 1]."""
+    n = 1_000_000
+    q = 2.0 * torch.randint(0, 2, (n,), generator=generator(0)) - 1.0
+    p = q * torch.tensor([1.0, -1.0]).repeat(n // 2)
+    d = torch.rand(n, generator=generator(1))
+
+    def parts(v: Tensor) -> tuple[Tensor, Tensor]:
+        return (q * v).sum(dtype=F64) / n, (p * v).sum(dtype=F64) / n
+
+    def times(V: Tensor) -> Tensor:
+        v = V[:, 0]
+        a, b = parts(v)
+        y = d * (v - a * q - b * p)
+        c, e = parts(y)
+        return (y + (8 * a - c) * q + (10 * b - e) * p)[:, None]
+
+    A = FromFunction(times, (n, n), dtype=torch.float32, symmetric=True)
+    found = eigsh(A, 2)
+    assert found.status == "converged"
+    eps = torch.finfo(torch.float32).eps
+    # the square of a residual of sqrt(eps) |A| over the gap of two, and the rounding of some products
+    torch.testing.assert_close(
+        found.eigenvalues.double(),
+        torch.tensor([8.0, 10.0], dtype=F64),
+        rtol=0,
+        atol=eps * 10**2 / 2 + 10 * eps * 10,
+    )
 
 
 def test_a_tolerance_below_rounding_is_called_stagnated() -> None:
