@@ -187,11 +187,10 @@ class DataParallel(LinearOperator):
     def _served(self, k: int) -> None:
         """A product for rank 0, which has the vectors."""
         dtype = working_dtype(self.torch_dtype)
-        self._driven(torch.empty(self.shape[1], k, dtype=dtype, device=self.device))
+        self._driven(torch.empty(k, self.shape[1], dtype=dtype, device=self.device).T)
 
     def _driven(self, V: Tensor) -> Tensor:
-        V = V.contiguous()
-        self.team.share(V, 0)
+        V = self.team.share(V.T.contiguous(), 0).T
         return guarded(lambda: self._product(V, at=0))
 
     def _together(self, name: str, *args: Any) -> None:
@@ -222,11 +221,12 @@ class DataParallel(LinearOperator):
                 break
             left = team.smallest(torch.tensor([A.strategies_left()], device=self.device))
             A.strategies_left(int(left))  # what failed on one process serves on none
-        Y = team.add_up(local.Y) if at is None else team.add_up_at(local.Y, at)
+        Y = local.Y  # the other way round in one piece of memory
+        if (share := local.factor / (header["weight"] if A.risk.average.normalized else 1)) != 1:
+            Y *= share
+        team.add_up(Y.T) if at is None else team.add_up_at(Y.T, at)
         if header["said"]:
             self._warn(local.said)
-        if A.risk.average.normalized:
-            Y /= header["weight"]
         if at in (None, team.rank) and not bool(Y.sum().isfinite()) and not Y.isfinite().all():
             raise FloatingPointError(f"{self!r}: the sum over the processes overflows")
         return Y
@@ -243,12 +243,13 @@ class DataParallel(LinearOperator):
                 except NoDataError:
                     pass  # others have some
                 else:
-                    Y = A.examined(from_point(total.undivided(), V), V)
-                    local.Y, local.weight, local.data = Y.contiguous(), total.weight, True
+                    tensors, local.factor = total.undivided()
+                    local.Y = A.examined(from_point(tensors, V), V)
+                    local.weight, local.data = total.weight, True
                 if not self._looked:
                     local.first = A.risk.first_batch()
             if not local.data:
-                local.Y = torch.zeros_like(V, memory_format=torch.contiguous_format)
+                local.Y = torch.zeros_like(V.T, memory_format=torch.contiguous_format).T
         except BaseException as error:
             local.error = error
             self.team.say("error", words(error))
@@ -467,6 +468,7 @@ class _Local:
     """What one process has to add to a product."""
 
     Y: Tensor  # (n, k)
+    factor: float = 1.0  # by which Y is to be multiplied
     weight: float = 0.0
     data: bool = False
     error: BaseException | None = None

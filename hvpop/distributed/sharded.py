@@ -118,10 +118,21 @@ class SharedSpace(Space):
         return V[self._rows].T.clone(memory_format=torch.contiguous_format).T
 
     def whole(self, V: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return self._told_by_each(V)
         part = V.new_zeros(V.shape[1], self._most)
         part[:, : V.shape[0]] = V.T
         parts = self._team.side_by_side(part)  # (size, k, most)
         return parts.transpose(0, 1).reshape(V.shape[1], -1)[:, : self.order].T
+
+    def _told_by_each(self, V: Tensor) -> Tensor:
+        """`whole`, piece by piece into its place: of what it gathers gloo makes a copy for each of its threads."""
+        rows = V.new_empty(V.shape[1], self.order)
+        rows[:, self._rows] = V.T
+        for row in rows:
+            for rank, piece in enumerate(row.split(self._most)):
+                self._team.share(piece, rank)
+        return rows.T
 
     # -- what processes say -----------------------------------------------------------------------
 
