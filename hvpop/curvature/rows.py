@@ -74,7 +74,7 @@ class Face:
     def entries(self, rows: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
         """The inverse of `rows`."""
         if self.dim is None:
-            return rows.reshape(*lead, *self.shape)
+            return rows.reshape((*lead, *self.shape))
         rest = [n for d, n in enumerate(self.shape) if d != self.dim]
         rows = rows.reshape(*lead, *rest, self.shape[self.dim])
         return rows.movedim(-1, self.dim + len(lead))
@@ -211,7 +211,7 @@ class Terms:
             return [Face(z.shape, z.numel() // max(z.shape[dim], 1), dim)]
         n = samples_of(parted)[1]
         for z in parted.outputs:
-            if not z.ndim or z.shape[0] % max(n, 1):
+            if n > 1 and (not z.ndim or z.shape[0] % n):
                 raise ValueError(
                     f"the outputs of a batch of {n} samples must run over them along their first "
                     f"dimension, got shape {tuple(z.shape)}, so that gradients have no rows by sample"
@@ -324,7 +324,7 @@ class _Part:
     def _pairs(self, whole: Tensors, own: Tensors) -> list[tuple[Tensor, Tensor]] | None:
         """What they have of a batch's tensors beside what they have by themselves, if these fit."""
         pairs = [(self._among(a), b) for a, b in zip(whole, own, strict=False)]
-        fit = [(a, b) for a, b in pairs if a is not None and a.shape == b.shape]
+        fit = [(a.reshape(b.shape), b) for a, b in pairs if a is not None and _alike(a, b)]
         return fit if len(fit) == len(whole) == len(own) else None
 
     def has(self, vectors: Callable[..., Tensors]) -> bool:
@@ -376,12 +376,18 @@ class _Part:
         return True if any(bool(t.any()) for t in truth[len(s) :]) else None
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """In the same shape, or one sample's of which the model has squeezed one."""
+    return a.shape == b.shape or a.numel() == b.numel() == a[0].numel()
+
+
 def _parts(whole: Parted) -> list[_Part]:
     """A batch in two."""
     reading, n = samples_of(whole)
     # Odd, and no half: what goes by place shows. Coprime to n: no part has the same share of targets
-    # ignored, unless that is none or all.
-    cut = next(c for c in range(max((n // 3 - 1) | 1, 1), 0, -2) if gcd(c, n) == 1)
+    # ignored, unless that is none or all. A single sample is not what every model is written for.
+    odd = (c for c in range(1, n // 2 + 2, 2) if gcd(c, n) == 1)
+    cut = min(odd, key=lambda c: (1 in (c, n - c), abs(3 * c - n)))
     try:
         return [_Part(whole, reading, n, s) for s in (slice(0, cut), slice(cut, n))]
     except Exception as error:  # whatever a model does with fewer samples than it expects
@@ -429,7 +435,8 @@ def _drops(faces: list[Face], parted: Parted, weights: Tensor) -> bool:
 
 _APART = (
     "a part of a batch by itself cannot be evaluated ({}), so that it cannot be seen whether samples are by "
-    "themselves; GaussNewtonOperator takes a batch as one function"
+    "themselves; layers that look at a batch as a whole need model.eval(); GaussNewtonOperator takes a batch "
+    "as one function"
 )
 
 _COUPLED = (

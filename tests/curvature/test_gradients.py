@@ -697,3 +697,32 @@ def test_a_batch_of_no_samples_has_no_rows(sizes: list[int], per: Any) -> None:
             u = random(whole.shape[0], seed=5)
             assert error(one.T @ u, whole.T @ u) < 1e-14
         torch.testing.assert_close(ragged.weights, whole.weights)
+
+
+class Squeezed(nn.Module):
+    """Of one sample it gives a number, and no vector of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).squeeze()
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [4, 6, 2], [3, 9]])
+@pytest.mark.parametrize("loss", [nn.MSELoss(), lambda z, y: (z - y).square().mean()])
+def test_a_model_that_squeezes_has_rows(loss: Any, sizes: list[int]) -> None:
+    model, X, y = Squeezed().double(), random(12, 3), random(12, seed=1)
+    own = [flat(model, (model(X[i]) - y[i]).square()) for i in range(12)]
+    G = GradientOperator(model, loss, split((X, y), sizes))
+    for one in (G, G.linearize()):
+        assert error(one.to_dense(), torch.stack(own)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch's, of that sample
+def test_a_last_batch_of_one_that_is_squeezed_has_a_row() -> None:
+    model, X, y = Squeezed().double(), random(12, 3), random(12, seed=1)
+    whole = GradientOperator(model, nn.MSELoss(), [(X, y)])
+    ragged = GradientOperator(model, nn.MSELoss(), split((X, y), [5, 6, 1]))
+    assert error(ragged.to_dense(), whole.to_dense()) < 1e-12
