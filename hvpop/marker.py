@@ -139,15 +139,24 @@ class Cut(Exchange):
 
     def _handed(self, thing: Any) -> Any:
         if not isinstance(thing, Tensor) or not thing.is_floating_point():
+            if isinstance(thing, Tensor) and thing.is_complex() and thing.requires_grad:
+                raise ValueError(_COMPLEX)
             return thing
         if any(thing is leaf for leaf in self.leaves):
             return thing  # marked before
         given = self._handing[len(self.leaves)] if len(self.leaves) < len(self._handing) else None
-        fits = given is not None and given.shape == thing.shape
-        leaf = (given if given is not None and fits else thing).detach().requires_grad_()
+        if given is None or given.numel() != thing.numel():  # of one sample, squeezed, they fit
+            given = thing
+        leaf = given.detach().requires_grad_()
         self.outputs.append(thing)
         self.leaves.append(leaf)
         return leaf
+
+
+_COMPLEX = (
+    "an output of the model is complex, and Jacobians are of real ones: let it return "
+    "torch.view_as_real(z), and the loss put the parts together"
+)
 
 
 class _Here(threading.local):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any, Literal, Protocol
@@ -68,14 +69,20 @@ class Face:
         """``(*lead, count, d)`` of ``(*lead, *shape)``."""
         if self.dim is not None:
             t = t.movedim(self.dim + len(lead), -1)
-        return t.reshape(*lead, self.count, -1)
+        return _table(t, *lead, self.count)
 
     def entries(self, rows: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
         """The inverse of `rows`."""
         if self.dim is None:
-            return rows.reshape(*lead, *self.shape)
+            return rows.reshape((*lead, *self.shape))
         rest = [n for d, n in enumerate(self.shape) if d != self.dim]
-        return rows.reshape(*lead, *rest, -1).movedim(-1, self.dim + len(lead))
+        rows = rows.reshape(*lead, *rest, self.shape[self.dim])
+        return rows.movedim(-1, self.dim + len(lead))
+
+
+def _table(t: Tensor, *shape: int) -> Tensor:
+    """In a shape with all that is left last, be there no entries at all."""
+    return t.reshape(*shape, t.numel() // max(prod(shape), 1))
 
 
 class Outputs:
@@ -204,7 +211,7 @@ class Terms:
             return [Face(z.shape, z.numel() // max(z.shape[dim], 1), dim)]
         n = samples_of(parted)[1]
         for z in parted.outputs:
-            if not z.ndim or z.shape[0] % n:
+            if n > 1 and (not z.ndim or z.shape[0] % n):
                 raise ValueError(
                     f"the outputs of a batch of {n} samples must run over them along their first "
                     f"dimension, got shape {tuple(z.shape)}, so that gradients have no rows by sample"
@@ -220,12 +227,12 @@ class Terms:
         for call, slope in terms.reaching(calls, parted.loss):
             own = terms.shares(call, slope)
             adds = terms.settings(call).get("reduction") == "sum"
-            if adds or slope.requires_grad or own.numel() % n:
+            if adds or slope.requires_grad or own.numel() % max(n, 1):
                 continue
-            own = own.reshape(n, -1).sum(1) if self.per == "sample" else own.reshape(-1)
+            own = _table(own, n).sum(1) if self.per == "sample" else own.reshape(-1)
             found.setdefault(_MEAN, own / own.sum())
         count = n if self.per == "sample" else sum(f.count for f in self._faces(parted))
-        found["mean of samples"] = z.new_full((count,), 1 / n)
+        found["mean of samples"] = z.new_full((count,), 1 / max(n, 1))
         found["sum"] = z.new_ones(count)
         return found
 
@@ -250,7 +257,7 @@ class Terms:
             if known != self._known:
                 self._begin(known)
             self._looked_at = fn.now
-        if samples_of(parted)[1] == 1:
+        if samples_of(parted)[1] <= 1:
             return  # alone, whatever the law
         if self._apart and self._laws[0] == _MEAN and _averaged(parted):
             return
@@ -271,15 +278,17 @@ class Terms:
 
     def _holds(self, law: str, whole: Parted, parts: list[_Part]) -> bool:
         """Whether the rows of a batch's parts are those that they have by themselves."""
-        weights, faces = self._weights(whole, law).get(law), self._faces(whole)
-        if weights is None or _drops(faces, whole, weights):
+        places = [whole, *(part.parted for part in parts)]
+        weights = {id(one): self._weights(one, law).get(law) for one in places}
+
+        def vectors(one: Parted, unit: float = 1.0) -> Tensors:
+            own = weights[id(one)]
+            return [] if own is None else _rows(self._faces(one), one, own, unit).vectors
+
+        counts = weights[id(whole)]
+        if counts is None or _drops(self._faces(whole), whole, counts):
             return False
-        rows = _rows(faces, whole, weights)
-        for part in parts:
-            own = self._weights(part.parted, law).get(law)
-            if own is None or not part.has(rows, self._faces(part.parted), own):
-                return False
-        return True
+        return all(part.has(vectors) for part in parts)
 
 
 _MEAN = "mean of terms"
@@ -315,21 +324,32 @@ class _Part:
     def _pairs(self, whole: Tensors, own: Tensors) -> list[tuple[Tensor, Tensor]] | None:
         """What they have of a batch's tensors beside what they have by themselves, if these fit."""
         pairs = [(self._among(a), b) for a, b in zip(whole, own, strict=False)]
-        fit = [(a, b) for a, b in pairs if a is not None and a.shape == b.shape]
+        fit = [(a.reshape(b.shape), b) for a, b in pairs if a is not None and _alike(a, b)]
         return fit if len(fit) == len(whole) == len(own) else None
 
-    def has(self, rows: Rows, faces: list[Face], weights: Tensor) -> bool:
-        """Whether their rows in the batch are those that they have by themselves, in the outputs."""
-        truth = _rows(faces, self.parted, weights).vectors
-        pairs = self._pairs(rows.vectors, truth)
+    def has(self, vectors: Callable[..., Tensors]) -> bool:
+        """Whether their rows in the batch, in the outputs, are those that they have by themselves."""
+
+        def found(unit: float = 1.0) -> list[tuple[Tensor, Tensor]] | None:
+            return self._pairs(vectors(self.whole, unit), vectors(self.parted, unit))
+
+        pairs = found()
         if pairs is None:
             return False
+
+        def again() -> Tensors:
+            """As far away as other units put them."""
+            others = [found(unit) or [] for unit in (3.0, 7.0)]
+            apart = [
+                sum((a - c).abs() + (b - d).abs() for c, d in same_row)
+                for (a, b), *same_row in zip(pairs, *others, strict=True)
+            ]
+            return [b + off for (_, b), off in zip(pairs, apart, strict=True)]
+
+        truth = [b for _, b in pairs]
         eps = rounding(truth)
         tolerance = min(1000 * eps, reordered(eps), COARSEST)
-        found = [a for a, _ in pairs]
-        return agree(
-            found, truth, tolerance, lambda: _rows(faces, self.parted, weights, 3.0).vectors
-        )
+        return agree([a for a, _ in pairs], truth, tolerance, again)
 
     def is_by_itself(self) -> bool | None:
         """Whether the model makes the same of them in the batch; None if that does not say anything."""
@@ -356,12 +376,18 @@ class _Part:
         return True if any(bool(t.any()) for t in truth[len(s) :]) else None
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """In the same shape, or one sample's of which the model has squeezed one."""
+    return a.shape == b.shape or a.numel() == b.numel() == a[0].numel()
+
+
 def _parts(whole: Parted) -> list[_Part]:
     """A batch in two."""
     reading, n = samples_of(whole)
     # Odd, and no half: what goes by place shows. Coprime to n: no part has the same share of targets
-    # ignored, unless that is none or all.
-    cut = next(c for c in range(max((n // 3 - 1) | 1, 1), 0, -2) if gcd(c, n) == 1)
+    # ignored, unless that is none or all. A single sample is not what every model is written for.
+    odd = (c for c in range(1, n // 2 + 2, 2) if gcd(c, n) == 1)
+    cut = min(odd, key=lambda c: (1 in (c, n - c), abs(3 * c - n)))
     try:
         return [_Part(whole, reading, n, s) for s in (slice(0, cut), slice(cut, n))]
     except Exception as error:  # whatever a model does with fewer samples than it expects
@@ -372,7 +398,7 @@ def samples_of(parted: Parted) -> tuple[Reading, int]:
     """How the batch of a parted function is made of samples."""
     batch = parted.args[1]
     for reading in READINGS:
-        if n := reading.count(batch):
+        if (n := reading.count(batch)) is not None:
             return reading, n
     raise ValueError(
         f"a batch of the kind {type(batch).__name__} does not say how it is made of samples, so that "
@@ -409,7 +435,8 @@ def _drops(faces: list[Face], parted: Parted, weights: Tensor) -> bool:
 
 _APART = (
     "a part of a batch by itself cannot be evaluated ({}), so that it cannot be seen whether samples are by "
-    "themselves; GaussNewtonOperator takes a batch as one function"
+    "themselves; layers that look at a batch as a whole need model.eval(); GaussNewtonOperator takes a batch "
+    "as one function"
 )
 
 _COUPLED = (

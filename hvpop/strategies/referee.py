@@ -36,7 +36,7 @@ def difference(gradient: Callable[[Params], Params], point: Params, v: Params) -
         fine = _quotient(gradient, point, v, h)
         if coarse is not None:
             apart = {n: float((fine[n] - c).norm()) for n, c in coarse.items()}
-            error = math.hypot(*apart.values()) / max(norm(coarse), 1e-30)
+            error = math.hypot(*apart.values()) / max(norm(coarse), 1e-300)
             found.append(Difference(coarse, apart, error))
             if error < eps**0.5:
                 break

@@ -161,9 +161,9 @@ class ThroughOutputs(HVPStrategy):
             truth = found if differs else Differences(parted)(w)
             right = is_transpose(parted, truth, w, COARSE)
             written = not differs and is_transpose(parted, found, w)
-        pairs = zip(found, truth, strict=True)
+        pairs = [(a.double(), b.double()) for a, b in zip(found, truth, strict=True)]
         off = max(
-            (float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs), default=0.0
+            (float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs), default=0.0
         )
         if right and off > COARSE:
             raise NoSecondDerivativeError(

@@ -445,3 +445,20 @@ def dense_at(model: nn.Module, x: Tensor) -> Tensor:
         rows.append(torch.cat([g.reshape(-1) for g in found]))
     J = torch.stack(rows)
     return 2 / len(J) * J.T @ J
+
+
+def test_complex_outputs_are_told_to_be_taken_apart() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_complex(self.layer(x).reshape(-1, 2, 2))
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z.abs() - y).square().mean()
+
+    data = [(random(5, 3), random(5, 2, seed=1))]
+    with pytest.raises(ValueError, match=r"let it return torch.view_as_real\(z\)"):
+        GaussNewtonOperator(Complex().double(), loss, data) @ random(16)

@@ -663,3 +663,66 @@ def test_rows_of_a_fit_that_leaves_little_are_compared_with_their_own_rounding()
     exact = copy.deepcopy(model).double()
     truth = GradientOperator(exact, nn.CrossEntropyLoss(), [(X.double(), labels)]).to_dense()
     assert error(G.to_dense().double(), truth) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [10, 100, 1000])
+def test_samples_of_which_nothing_but_rounding_is_left_are_not_taken_for_coupled(
+    scale: float, dtype: torch.dtype
+) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()
+
+    for seed in range(8):
+        model = nn.Linear(3, 4).to(dtype)
+        n = 5 + 3 * seed
+        with torch.no_grad():
+            model.weight.copy_(scale * random(4, 3, seed=seed))
+            x = random(n, 3, seed=seed + 20).to(dtype)
+            y = model(x).argmax(1)
+        F = EmpiricalFisherOperator(model, loss, [(x, y)])
+        assert (F @ torch.ones(16, dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [[0, 5, 7], [5, 0, 7], [5, 7, 0]])
+@pytest.mark.parametrize("per", ["sample", "term"])
+def test_a_batch_of_no_samples_has_no_rows(sizes: list[int], per: Any) -> None:
+    model, X, y = nn.Linear(3, 4).double(), random(12, 3), classes(12, of=4)
+    for loss, targets in ((nn.CrossEntropyLoss(), y), (nn.MSELoss(), random(12, 4, seed=2))):
+        whole = GradientOperator(model, loss, [(X, targets)], per=per)
+        ragged = GradientOperator(model, loss, split((X, targets), sizes), per=per)
+        assert ragged.shape == whole.shape
+        for one in (ragged, ragged.linearize()):
+            assert error(one.to_dense(), whole.to_dense()) < 1e-14
+            u = random(whole.shape[0], seed=5)
+            assert error(one.T @ u, whole.T @ u) < 1e-14
+        torch.testing.assert_close(ragged.weights, whole.weights)
+
+
+class Squeezed(nn.Module):
+    """Of one sample it gives a number, and no vector of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).squeeze()
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [4, 6, 2], [3, 9]])
+@pytest.mark.parametrize("loss", [nn.MSELoss(), lambda z, y: (z - y).square().mean()])
+def test_a_model_that_squeezes_has_rows(loss: Any, sizes: list[int]) -> None:
+    model, X, y = Squeezed().double(), random(12, 3), random(12, seed=1)
+    own = [flat(model, (model(X[i]) - y[i]).square()) for i in range(12)]
+    G = GradientOperator(model, loss, split((X, y), sizes))
+    for one in (G, G.linearize()):
+        assert error(one.to_dense(), torch.stack(own)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch's, of that sample
+def test_a_last_batch_of_one_that_is_squeezed_has_a_row() -> None:
+    model, X, y = Squeezed().double(), random(12, 3), random(12, seed=1)
+    whole = GradientOperator(model, nn.MSELoss(), [(X, y)])
+    ragged = GradientOperator(model, nn.MSELoss(), split((X, y), [5, 6, 1]))
+    assert error(ragged.to_dense(), whole.to_dense()) < 1e-12
