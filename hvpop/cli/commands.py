@@ -263,6 +263,8 @@ def _needs(H: LinearOperator, method: str) -> Callable[[], Any]:
 def _end(found: Analysis, checkpoint: Path | None) -> NoReturn:
     for finding in found.findings:
         _tell(f"finding: {finding}")
+    if any("max products" in finding for finding in found.findings):
+        _tell("the budget of products was too small: --max-products N allows for more")
     if found.interrupted or any("interrupted" in finding for finding in found.findings):
         again = _command() if checkpoint is not None else f"{_command()} --checkpoint DIR"
         _tell(f"to go on {'' if checkpoint else 'next time '}from where it stopped: {again}")

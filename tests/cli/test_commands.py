@@ -213,6 +213,7 @@ def test_a_budget_that_was_too_small_is_a_finding(target: str) -> None:
     result = hvpop("spectrum", target, "--k", "3", "--max-products", "4")
     assert result.exit_code == 1
     assert "finding: eigenvalues: max products" in result.stderr
+    assert "--max-products N allows for more" in result.stderr
 
 
 def test_compare_says_which_numbers_differ(target: str, tmp_path: Path) -> None:
