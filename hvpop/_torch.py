@@ -158,6 +158,12 @@ engine = _private(
 )
 
 
+will_run = _private(
+    "torch._C._will_engine_execute_node",
+    "to leave out derivatives that a pass does not ask for (since 2.1)",
+)
+
+
 def uses_tensor_cores() -> bool:
     """Whether float32 on a GPU is rounded to 10 bits somewhere: each kind of op says since 2.9."""
     backends: Any = torch.backends

@@ -60,6 +60,26 @@ def saved_by(ends: Iterable[End]) -> Iterator[Tensor]:
         yield from _torch.saved_by(node)
 
 
+def wanted(ctx: Any) -> tuple[bool, ...]:
+    """By which inputs of a custom Function, tensors first, the pass at work asks for derivatives.
+
+    ``ctx.needs_input_grad`` has in it what any other pass through the same graph may ask for.
+    """
+    behind = getattr(
+        ctx, "next_functions", None
+    )  # of the tensors; not while functorch differentiates
+    if behind is None:
+        return tuple(ctx.needs_input_grad)
+    return tuple(node is not None and _is_asked(node) for node, _ in behind)
+
+
+def _is_asked(node: Any) -> bool:
+    try:
+        return bool(_torch.will_run(node))
+    except RuntimeError:  # what torch says of a leaf whose derivative is asked for
+        return True
+
+
 _ORDINARY = (Tensor, torch.nn.Parameter, GradientEdge)
 
 
