@@ -48,6 +48,11 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
+def is_alone(loss: Tensor) -> bool:
+    """Whether a loss is a leaf that nothing goes on from, such as ``zeros((), requires_grad=True)``."""
+    return loss.is_leaf and not (loss._backward_hooks or loss._post_accumulate_grad_hooks)
+
+
 def saved_by(ends: Iterable[End]) -> Iterator[Tensor]:
     """The tensors that a graph keeps.
 

@@ -21,7 +21,7 @@ from ..strategies.fallback import settled
 from .blocks import between
 from .check import CheckResult, check
 from .cost import Cost, cost, timed
-from .diagnosis import culprit
+from .diagnosis import culprit, refuse_unreached
 from .forms import batch_forms
 from .space import WeightedSum, from_point, layout_of, scale_of, space_of, to_point
 
@@ -176,9 +176,15 @@ class DataAverage(LinearOperator):
         """`_summed`, with the strategy settled and the time counted."""
         return self._timed(V, lambda: settled(self.strategy, lambda: self._summed(V)))
 
-    def examined(self, Y: Tensor, V: Tensor) -> Tensor:
-        """``Y``, made of the columns ``V``, or an error that says why it is not finite."""
-        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
+    def examined(self, Y: Tensor, V: Tensor, *, whole: bool = True) -> Tensor:
+        """``Y``, made of the columns ``V``, or an error that says why it is not finite.
+
+        Nor are zeros taken for a product if no parameter reaches the loss, unless others have data, too.
+        """
+        total = float(Y.sum())
+        if total == 0 and whole and V.any() and not Y.any():
+            refuse_unreached(*self._place())
+        if not isfinite(total) and not Y.isfinite().all():
             risk, point, state = self._place()
             columns = to_point(V, self.layout, point)
             found = culprit(risk.terms(), point, state, self.strategy, columns)

@@ -1,4 +1,4 @@
-"""Why a product is not finite: which batch, and whether the vector, the loss or a derivative."""
+"""Why a product is not finite, or zero: which batch, and whether the vector, the loss or a derivative."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
-from ..risk import Term
+from ..graph import backward
+from ..risk import EmpiricalRisk, Term
+from ..risk.weighing import UNREACHED
 from ..strategies import HVPStrategy, Params
 from ..strategies.base import at
 from ..strategies.finite_difference import first_gradient
@@ -51,3 +53,14 @@ def _in_term(
                 "it may not exist at this point (a norm or a square root at zero)"
             )
     return None
+
+
+def refuse_unreached(risk: EmpiricalRisk, point: Params, state: Params) -> None:
+    """Raise if ``backward()`` of no batch's loss gives a gradient to any parameter."""
+    leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
+    for term in risk.terms():
+        fn, args = term.function, (state, *term.data)
+        with torch.inference_mode(False), torch.enable_grad(), at(fn, leaves, *args):
+            if backward(fn(leaves, *args), leaves):
+                return
+    raise ValueError(UNREACHED)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exchange import Exchange
+from ..graph import is_alone
 from ..interception import Table
 from .averaging import Average
 from .batches import arrays_inside
@@ -27,7 +28,7 @@ Weight = Callable[[Any], float]
 """A batch -> how much it counts."""
 
 FIRST = 16
-"""So many batches are each put together with the one before; later ones at every power of two."""
+"""So many batches are each put together with the one before; later ones two by two."""
 
 SMALL = 4096
 """Bytes of an array up to which its values are looked at before each product, not only its version."""
@@ -79,16 +80,19 @@ class Weigher:
             return
         proof = self._current(model)
         previous: Any = None  # the last batch that counts, kept as long as it may be asked for
+        single: tuple[Any, Any] | None = None  # the last two, if the last was not put together
         waiting: list[Any] = []  # the first batch, until the second is there
         asked = False
         for i, (held, batch) in enumerate(batches):
             proof.several |= i > 0 or not self._alone
             counts = _checked(proof(batch)) > 0
             asked = proof.asks(i, held)
-            if asked and counts and previous is not None:
-                self._prove(proof, previous, batch, place())
-            if counts or not proof.asks_after(i):
-                previous = batch if proof.asks_after(i) else None
+            if counts and previous is not None:
+                single = None if asked or not proof.changed else (previous, batch)
+                if asked:
+                    self._prove(proof, previous, batch, place())
+            if counts:
+                previous = None if proof.settled else batch
             waiting.append(batch)
             if i == 0 and proof.weight is None:
                 continue
@@ -96,6 +100,8 @@ class Weigher:
                 ready = waiting.pop(0)
                 yield ready, _checked(proof(ready))
                 self.refuse()
+        if single is not None and not proof.settled:
+            self._prove(proof, *single, place())
         if waiting and asked and not self._alone:  # the others are elsewhere
             self._prove_by_parts(proof, waiting[0], place)
         for batch in waiting:
@@ -116,7 +122,9 @@ class Weigher:
 
     def observe(self, value: Tensor, params: dict[str, Tensor]) -> None:
         """Take note of a loss, evaluated for derivatives by ``params``."""
-        if value.requires_grad:
+        if value.requires_grad and not (
+            is_alone(value) and all(value is not p for p in params.values())
+        ):
             self._evaluated = self._reached = True
         elif torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
             self._evaluated = True
@@ -129,10 +137,7 @@ class Weigher:
     def refuse_constants(self) -> None:
         """Raise if no loss of a whole pass depended on a parameter."""
         if self._evaluated and not self._reached:
-            raise ValueError(
-                "no parameter reaches the loss: it has no graph, so its Hessian would be zero; look for "
-                "detach(), .data, .item() or torch.no_grad() in the model and the loss"
-            )
+            raise ValueError(UNREACHED)
 
     def _current(self, model: nn.Module) -> _Proof:
         """What is known of the loss as it is set now."""
@@ -162,6 +167,10 @@ class Weigher:
             warnings.warn(_ASSUMED.format(_DOUBTS[outcome]), stacklevel=3)
 
 
+UNREACHED = (
+    "no parameter reaches the loss: no graph leads to any, so its Hessian would be zero; look for "
+    "detach(), .data, .item() or torch.no_grad() in the model and the loss"
+)
 _ADDS_UP = (
     "the loss adds up its samples, as with reduction='sum' (that of two batches put together is the "
     "sum of theirs), which average=SAMPLES cannot turn into a mean; use a mean, or average=TOTAL for "
@@ -197,28 +206,24 @@ class _Proof:
         self.several = False  # batches: of one the weight does not matter
         self.weight: Weight | None = None
         self._reading: Reading | None = None
-        self._settled = False  # nothing more can be told
+        self.settled = False  # nothing more can be told
         self._assumed: Weight = lambda batch: weight_of(batch_loss, model, batch)
         guesses = guesses_of(batch_loss)
         self._guesses: list[Weight] = [_given(guess, model) for guess in guesses or ()]
         self._seen: dict[int, Any] = {}
-        self._changed = False  # the batch looked at last
+        self.changed = False  # the batch looked at last
 
     def __call__(self, batch: Any) -> float:
         return (self.weight or self._assumed)(batch)
 
-    def asks_after(self, i: int) -> bool:
-        """Whether the next batch is one to be put together with the one before."""
-        return not self._settled and (i + 1 < FIRST or i & (i + 1) == 0)
-
     def asks(self, i: int, held: Any) -> bool:
-        """Whether a batch is, since it or the one before was not seen yet as it is."""
-        if not self.asks_after(i - 1):
+        """Whether to put a batch together with the one before: one was not seen yet as it is."""
+        if self.settled:
             return False
-        before, look = self._changed, _look(held)
-        self._changed = self._seen.get(i) != look
+        before, look = self.changed, _look(held)
+        self.changed = self._seen.get(i) != look
         self._seen[i] = look
-        return self._changed or before
+        return (self.changed or before) and (i < FIRST or i % 2 == 1)
 
     def examine(self, first: Any, second: Any, place: Place) -> str:
         """Put two batches together: "mean", "perhaps", "sum", "divisor", or a reason to doubt.
@@ -246,6 +251,8 @@ class _Proof:
             return "nothing"
         if not verdicts:
             return self._apart(tried[-1], first, second)
+        if verdicts[0] == "unsure":
+            return self._settle("apart")
         if verdicts[0] != "neither":
             return verdicts[0]
         return self._divisor(tried[-1], first, second) or self._settle("coupled")
@@ -259,7 +266,9 @@ class _Proof:
                 continue
             for weight in self._weights(reading):
                 weights = weight(first), weight(second)
-                verdict = "neither" if min(weights) <= 0 else pair.verdict(*weights)
+                verdict: str = "neither" if min(weights) <= 0 else pair.verdict(*weights)
+                if verdict == "perhaps" and not self._assumes(weights, first, second):
+                    verdict = "unsure"  # what speaks for other weights than those at work
                 if verdict == "mean":
                     self._reading, self.weight = reading, self.weight or weight
                 if verdict in ("mean", "sum"):
@@ -273,6 +282,11 @@ class _Proof:
         if self._guesses:
             return self._guesses
         return [lambda batch: float(reading.count(batch) or self._assumed(batch))]
+
+    def _assumes(self, weights: tuple[float, float], first: Any, second: Any) -> bool:
+        """Whether two batches count in this proportion as long as nothing is proven."""
+        mine, others = weights[0] * self(second), weights[1] * self(first)
+        return abs(mine - others) <= 1e-9 * max(mine, others)
 
     def _divisor(self, losses: Losses, first: Any, second: Any) -> str | None:
         """Whether the loss is a mean with other weights, or a sum beside something constant."""
@@ -306,7 +320,7 @@ class _Proof:
         return self._settle("apart")
 
     def _settle(self, doubt: str) -> str:
-        self._settled, self.weight = True, self.weight or self._assumed
+        self.settled, self.weight = True, self.weight or self._assumed
         return doubt
 
 

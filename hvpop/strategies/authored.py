@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _torch
 from ..exchange import Ungraded
-from ..graph import nodes_of
+from ..graph import is_alone, nodes_of
 from .base import LinearMap, Params, ScalarFunction, at
 from .finite_difference import first_gradient
 from .graphs import NoSecondDerivativeError
@@ -49,7 +49,8 @@ def refuse_hidden(strategy: object, fn: ScalarFunction, point: Params, loss: Ten
     """Raise where a gradient reaches the parameters past the graph of the loss."""
     if getattr(fn, "plain", False):
         return
-    if loss.requires_grad and loss.is_leaf and not any(loss is p for p in point.values()):
+    alone = is_alone(loss) or any(loss is p for p in point.values())
+    if loss.requires_grad and loss.is_leaf and not alone:
         way = "the loss is a leaf, whose gradient some hook passes on"
     elif any(p.is_leaf and p.grad is not None for p in point.values()):
         way = "a backward pass inside the backward pass leaves gradients in the parameters"
