@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import socket
-import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,6 +16,7 @@ from torch import Tensor
 from ..operators import LinearOperator, Space
 from . import expression, probes
 from .records import MAGIC, Found, Held, Stored, joined, read, write
+from .replacing import Place, flush
 
 _PAUSE = 10.0  # seconds between two saves at least, ...
 _SHARE = 0.05  # ... and more where saving would take a larger share of the time than this
@@ -30,8 +27,9 @@ class Checkpoint:
 
     The operator is recognised by how it is put together (sums, scales, damping) and by the product of
     each of its parts with a seeded vector of signs, so that the same matrix is accepted from a new
-    process and another point, data set, loss or damping is not. It costs about one product, which is
-    not counted in the budget. What the file holds carries a checksum.
+    process and another point, data set, loss or damping is not. It costs about one product, or two of
+    a composite of a user's own, which are not counted in the budget. What the file holds carries a
+    checksum.
     """
 
     def __init__(
@@ -44,17 +42,16 @@ class Checkpoint:
         self.path, self._task = Path(path), task
         self._target = Path(os.path.realpath(path))  # a link stays one
         self._refuse_place(task)
+        structure, self._products = expression.identified(A)
         self.identity = {
             "task": task,
             "shape": list(A.shape),
             "dtype": str(A.torch_dtype),
             "device": A.device.type,
-            "operator": expression.structure(A),
+            "operator": structure,
             "settings": dict(settings),
         }
-        self._products = expression.products(A)
-        own = f"{socket.gethostname()} {self._target.name}".encode()
-        self._prefix = f".hvpop-{hashlib.blake2b(own, digest_size=6).hexdigest()}-"
+        self._place = Place(self._target.parent, self._target.name)
         self._written: _Written | None = None
         self._device = A.device
         self._saved_at = time.monotonic()
@@ -66,7 +63,7 @@ class Checkpoint:
 
         Its rows, if it has any, come as `Stored`, to be read into their place.
         """
-        self._remove_stale()
+        self._place.remove_stale()
         try:
             held = Held(self._target)
             found, end, digest = read(held, self._device)
@@ -150,7 +147,7 @@ class Checkpoint:
             values, tensors = _content(state, rows, last.rows.count)
             try:
                 digest = write(file, last.digest, values, tensors)
-                _flush(file)
+                flush(file)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fileno(), last.known.st_size)
@@ -160,39 +157,18 @@ class Checkpoint:
 
     def _replace(self, state: Mapping[str, Any], rows: Rows | None) -> None:
         """Write a file anew, and give it the name."""
-        self._remove_stale()
-        folder = self._target.parent
-        prefix = f"{self._prefix}{os.getpid()}-"
-        with _naming:
-            descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=prefix, dir=folder)
-            temporary = Path(name)
-            _open.add(temporary.name)
-        try:
-            with open(descriptor, "wb") as file:
-                values, tensors = _content(state, rows, 0)
-                products = {f"{_PRODUCT}{i}": v for i, v in enumerate(self._products)}
-                file.write(MAGIC)
-                values = {"identity": self.identity, **values}
-                digest = write(file, b"", values, {**tensors, **products})
-                _flush(file)
-                known = os.fstat(file.fileno())
-            temporary.replace(self._target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            _open.discard(temporary.name)
-        _sync_folder(folder)
-        self._written = _Written(known, digest, None if rows is None else rows.mark())
 
-    def _remove_stale(self) -> None:
-        """Remove what processes of this host have left that were killed while they wrote here."""
-        if os.name != "posix":
-            return  # to ask for a process is to end it
-        with _naming, contextlib.suppress(OSError):
-            for entry in self._target.parent.glob(f"{self._prefix}*.tmp"):
-                process = entry.name.removeprefix(self._prefix).split("-")[0]
-                if process.isdigit() and entry.name not in _open and not _alive(int(process)):
-                    entry.unlink(missing_ok=True)
+        def fill(file: BinaryIO) -> tuple[os.stat_result, bytes]:
+            values, tensors = _content(state, rows, 0)
+            products = {f"{_PRODUCT}{i}": v for i, v in enumerate(self._products)}
+            file.write(MAGIC)
+            values = {"identity": self.identity, **values}
+            digest = write(file, b"", values, {**tensors, **products})
+            file.flush()
+            return os.fstat(file.fileno()), digest
+
+        known, digest = self._place.replace(self._target, fill)
+        self._written = _Written(known, digest, None if rows is None else rows.mark())
 
     def due(self) -> bool:
         """Whether it is time to save again."""
@@ -280,8 +256,6 @@ class _Written:
 
 _PRODUCT = "product "
 _LARGE = 1 << 12  # numbers, from which on a tensor is written as it is
-_open: set[str] = set()  # the names of files that are being written ...
-_naming = threading.Lock()  # ... complete where this is held
 
 
 def _content(
@@ -308,23 +282,6 @@ def _products(first: Found) -> list[Stored]:
     return [stored for name, stored in first.tensors.items() if name.startswith(_PRODUCT)]
 
 
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # not one of those being written
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def digest(V: Tensor | None) -> str | None:
     """A short text that identifies the vectors given to a computation."""
     if V is None:
@@ -333,13 +290,3 @@ def digest(V: Tensor | None) -> str | None:
     space = Space.of(columns)
     numbers = space.inner(probes.gaussian(space, 1, "digest"), columns)[0].tolist()
     return " ".join(f"{value:.6e}" for value in numbers)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # the new name itself must reach the disk
-        with contextlib.suppress(OSError):  # not every file system can
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
