@@ -81,6 +81,9 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     _fresh = False
     """Said beside ``_apply``: its results are new memory, that a sum may be gathered in."""
 
+    _by_parts = False
+    """Said beside ``_apply``: the parts and the numbers among the attributes tell the matrix."""
+
     def _apply(self, V: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not implement _apply(V)")
 
@@ -116,6 +119,11 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
             next(k for k in order if hook in vars(k)) for hook in ("_apply", "_apply_transpose")
         ]
         return all(k is LinearOperator or vars(k).get("_fresh", False) for k in owners)
+
+    def _is_by_parts(self) -> bool:
+        """Whether the class that implements `_apply` says so: one of a user's may hold more."""
+        owner = next(kind for kind in type(self).__mro__ if "_apply" in vars(kind))
+        return bool(vars(owner).get("_by_parts", False))
 
     def _averages_data(self) -> bool:
         """Whether this matrix, or any that it is made of, averages over data."""

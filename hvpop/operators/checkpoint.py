@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import socket
-import tempfile
-import threading
 import time
 import warnings
 from collections import deque
@@ -19,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
-from . import expression, probes
+from . import expression, probes, replacing
 from .base import LinearOperator
 from .records import MAGIC, Dealt, Found, Held, Parts, Stored, joined, pieces, read, write
 from .space import Space
@@ -37,8 +33,9 @@ class Checkpoint:
 
     The operator is recognised by how it is put together (sums, scales, damping) and by the product of
     each of its parts with a seeded vector of signs, so that the same matrix is accepted from a new
-    process and another point, data set, loss or damping is not. It costs about one product, which is
-    not counted in the budget; so are ``also`` others (a preconditioner). What the file holds carries a checksum.
+    process and another point, data set, loss or damping is not. It costs about one product, or two of
+    a composite of a user's own, which are not counted in the budget; so are ``also`` others (a
+    preconditioner). What the file holds carries a checksum.
     """
 
     def __init__(
@@ -54,20 +51,21 @@ class Checkpoint:
         self._space, self._vectors = A.space, frozenset(vectors)
         self._target = Path(os.path.realpath(path))  # a link stays one
         self._by_leader(lambda: self._refuse_place(task))
+        structure, products = expression.identified(A)
         self.identity = {
             "task": task,
             "shape": list(A.shape),
             "dtype": str(A.torch_dtype),
             "device": A.device.type,
-            "operator": expression.structure(A),
+            "operator": structure,
             "settings": dict(settings),
         }
         if also:
-            self.identity["further operators"] = [expression.structure(one) for one in also]
-        products = [y for one in (A, *also) for y in expression.products(one)]
+            others = [expression.identified(one) for one in also]
+            self.identity["further operators"] = [structure for structure, _ in others]
+            products = sum((found for _, found in others), products)
         self._products = products if self._space.leads else []
-        own = f"{socket.gethostname()} {self._target.name}".encode()
-        self._prefix = f".hvpop-{hashlib.blake2b(own, digest_size=6).hexdigest()}-"
+        self._place = replacing.Place(self._target.parent, self._target.name)
         self._written: _Written | None = None
         self._operator, self._device = A, A.device
         self._uses = expression.uses(A)
@@ -115,7 +113,7 @@ class Checkpoint:
 
     def _found(self, stored: dict[str, Stored]) -> tuple[dict[str, Any], dict[str, int]] | None:
         """The values saved last, and how many rows each tensor has that is ``stored``; None without a file."""
-        self._remove_stale()
+        self._place.remove_stale()
         try:
             held = Held(self._target)
             found, end, digest = read(held, self._device)
@@ -214,7 +212,7 @@ class Checkpoint:
             values, tensors = self._wanted(state, rows, last.rows.count)
             try:
                 digest = write(file, last.digest, values, tensors)
-                _flush(file)
+                replacing.flush(file)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fileno(), last.known.st_size)
@@ -224,39 +222,18 @@ class Checkpoint:
 
     def _replace(self, state: Mapping[str, Any], rows: Rows | None) -> None:
         """Write a file anew, and give it the name."""
-        self._remove_stale()
-        folder = self._target.parent
-        prefix = f"{self._prefix}{os.getpid()}-"
-        with _naming:
-            descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=prefix, dir=folder)
-            temporary = Path(name)
-            _open.add(temporary.name)
-        try:
-            with open(descriptor, "wb") as file:
-                values, tensors = self._wanted(state, rows, 0)
-                products = {f"{_PRODUCT}{i}": v for i, v in enumerate(self._products)}
-                file.write(MAGIC)
-                values = {"identity": self.identity, **values}
-                digest = write(file, b"", values, {**tensors, **products})
-                _flush(file)
-                known = os.fstat(file.fileno())
-            temporary.replace(self._target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            _open.discard(temporary.name)
-        _sync_folder(folder)
-        self._written = _Written(known, digest, None if rows is None else rows.mark())
 
-    def _remove_stale(self) -> None:
-        """Remove what processes of this host have left that were killed while they wrote here."""
-        if os.name != "posix":
-            return  # to ask for a process is to end it
-        with _naming, contextlib.suppress(OSError):
-            for entry in self._target.parent.glob(f"{self._prefix}*.tmp"):
-                process = entry.name.removeprefix(self._prefix).split("-")[0]
-                if process.isdigit() and entry.name not in _open and not _alive(int(process)):
-                    entry.unlink(missing_ok=True)
+        def fill(file: BinaryIO) -> tuple[os.stat_result, bytes]:
+            values, tensors = self._wanted(state, rows, 0)
+            products = {f"{_PRODUCT}{i}": v for i, v in enumerate(self._products)}
+            file.write(MAGIC)
+            values = {"identity": self.identity, **values}
+            digest = write(file, b"", values, {**tensors, **products})
+            file.flush()
+            return os.fstat(file.fileno()), digest
+
+        known, digest = self._place.replace(self._target, fill)
+        self._written = _Written(known, digest, None if rows is None else rows.mark())
 
     def stepped(self) -> None:
         """A step is done: how much the operator was used belongs to the state after it.
@@ -385,29 +362,10 @@ class _Written:
 
 _PRODUCT = "product "
 _LARGE = 1 << 12  # numbers, from which on a tensor is written as it is
-_open: set[str] = set()  # the names of files that are being written ...
-_naming = threading.Lock()  # ... complete where this is held
 
 
 def _products(first: Found) -> list[Stored]:
     return [stored for name, stored in first.tensors.items() if name.startswith(_PRODUCT)]
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # not one of those being written
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def digest(V: Tensor | None, space: Space | None = None) -> str | None:
@@ -421,13 +379,3 @@ def digest(V: Tensor | None, space: Space | None = None) -> str | None:
     own = Space.of(columns)
     numbers = own.inner(probes.gaussian(own, 1, "digest"), columns)[0].tolist()
     return " ".join(f"{value:.6e}" for value in numbers)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # the new name itself must reach the disk
-        with contextlib.suppress(OSError):  # not every file system can
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -66,6 +66,8 @@ class Damped(Composite):
         """``D V`` for columns ``(n, k)``; override for a rule of your own."""
         return self._damping.to(V.dtype) * V
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return self._added(self.operator._apply(V), V)
 

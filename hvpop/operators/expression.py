@@ -14,46 +14,62 @@ from .measured import Measured
 from .space import Space
 
 
-def structure(A: LinearOperator) -> list[Any]:
-    """How ``A`` is put together: nested lists of names, sizes and numbers.
+def identified(A: LinearOperator) -> tuple[list[Any], list[Tensor]]:
+    """How ``A`` is put together, and the products, whole, ``(m,)`` on the host, of its parts with fixed signs."""
+    found: dict[int, list[Tensor]] = {}
+    counters: dict[int, set[str]] = {}
+    _multiply(A, found, counters)
+    products = [product.clone() for kept in found.values() for product in kept]
+    return _structure(A, counters), products
+
+
+def _structure(A: LinearOperator, counters: dict[int, set[str]]) -> list[Any]:
+    """Nested lists of names, sizes and numbers.
 
     A part that is made of no others counts by its size alone: the same matrix may be held in several ways.
     """
     children = A._children()
     if not children:
         return list(A.shape)
-    numbers = [
-        f"{name}={value!r}"
+    left_out = counters.get(id(A), set())
+    numbers = [f"{name}={value!r}" for name, value in _numbers(A).items() if name not in left_out]
+    return [type(A).__name__, *numbers, *(_structure(part, counters) for part in children)]
+
+
+def _numbers(A: LinearOperator) -> dict[str, float]:
+    """Those among the attributes of a composite."""
+    return {
+        name: value
         for name, value in sorted(vars(A).items())
         if not name.startswith("_") and isinstance(value, int | float) and name != "symmetric"
-    ]
-    return [type(A).__name__, *numbers, *(structure(part) for part in children)]
+    }
 
 
-def products(A: LinearOperator) -> list[Tensor]:
-    """Those of each part and each damping with a fixed vector of signs, whole, ``(m,)`` on the host.
+def _multiply(
+    A: LinearOperator, found: dict[int, list[Tensor]], counters: dict[int, set[str]]
+) -> None:
+    """Fill in the products of each part and each damping; none is multiplied twice.
 
-    Taken apart, a small term is seen beside a large one. No part is multiplied twice.
+    Taken apart, a small term is seen beside a large one. What parts and numbers do not tell is
+    multiplied as a whole as well; of its numbers those that a product changes are no part of the matrix.
     """
-    found: dict[int, list[Tensor]] = {}
-
-    def visit(part: LinearOperator) -> None:
-        if id(part) in found:
-            return
-        children = part._children()
-        found[id(part)] = []
-        if not children:
-            found[id(part)] = [part.space.whole(part @ _probe(part))[:, 0].cpu()]
-        elif isinstance(part, Measured):
-            _ = part @ _probe(part)  # its unit is that of its first product: the same in every run
-        elif isinstance(part, Damped):
-            damping = part.damping(_probe(part)).expand(part.held[0], 1)
-            found[id(part)] = [part.space.whole(damping)[:, 0].cpu()]
-        for child in children:
-            visit(child)
-
-    visit(A)
-    return [product.clone() for kept in found.values() for product in kept]
+    if id(A) in found:
+        return
+    children = A._children()
+    found[id(A)] = []
+    if not children:
+        found[id(A)] = [_product(A)]
+    elif isinstance(A, Measured):
+        _ = A @ _probe(A)  # its unit is that of its first product: the same in every run
+    elif isinstance(A, Damped):
+        damping = A.damping(_probe(A)).expand(A.held[0], 1)
+        found[id(A)] = [A.space.whole(damping)[:, 0].cpu()]
+    if children and not A._is_by_parts():
+        before = _numbers(A)
+        found[id(A)].append(_product(A))
+        counters[id(A)] = {n for n, value in _numbers(A).items() if before.get(n) != value}
+    for child in children:
+        _multiply(child, found, counters)
 
 
 def _leaves(A: LinearOperator) -> list[LinearOperator]:
@@ -93,6 +109,10 @@ def difference(one: Tensor, other: Tensor) -> float:
     rounding = 1e3 * eps * norm, eps * (300 * norm + 30 * form)
     same = apart <= rounding[0] and along <= rounding[1]
     return 0.0 if same else apart / norm
+
+
+def _product(A: LinearOperator) -> Tensor:
+    return A.space.whole(A @ _probe(A))[:, 0].cpu()
 
 
 def _probe(A: LinearOperator) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
 from ..operators.measured import Measured
-from . import operand, probes, spread
+from . import operand, spread
 from .eigsh import eigsh
 from .known import Known
 from .results import Estimate
