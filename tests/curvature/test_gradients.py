@@ -607,3 +607,16 @@ def test_nothing_of_the_users_changes() -> None:
         if g is not None
     )
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_vector_or_parameter_that_is_no_number_is_named() -> None:
+    model = mlp()
+    G = GradientOperator(model, nn.MSELoss(), split((X, REAL), [1] * 23))
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        G @ torch.full_like(random(43), torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        G.T @ torch.full((23,), torch.inf, dtype=X.dtype)
+    name, parameter = next(iter(model.named_parameters()))
+    parameter.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"not finite; parameter {name} is not"):
+        G @ random(43)
