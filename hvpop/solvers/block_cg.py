@@ -264,7 +264,10 @@ class _Run:
             torch.finfo(V.dtype).tiny
         )
         if not bool(growth.isfinite().all()):
-            raise FloatingPointError(f"block_cg({self.A!r}): a product is not finite")
+            raise FloatingPointError(
+                f"block_cg({self.A!r}): a product is not finite; look for non-finite entries in the "
+                "model, the data or the damping"
+            )
         self.scale = max(self.scale, float(growth.max()) if growth.numel() else 0.0)
         return Y
 

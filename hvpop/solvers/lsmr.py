@@ -196,7 +196,8 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         t.X.addcmul_(t.H_bar, zeta * _reciprocal(rho) * _reciprocal(rho_bar))
         t.H = V - (theta * _reciprocal(rho)) * t.H
         t.zeta_bar = torch.where(flat, t.zeta_bar, -s_bar * t.zeta_bar)
-        t.error = t.zeta_bar.abs()
+        # beside an infinite size everything would pass for rounding
+        t.error = torch.where(t.size.isfinite(), t.zeta_bar.abs(), torch.nan)
         t.U, t.V, t.alpha, t.alpha_bar = U, V, alpha, c * alpha
         t.rho, t.rho_bar, t.c_bar, t.s_bar = rho, rho_bar, c_bar, s_bar
 

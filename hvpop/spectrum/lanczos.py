@@ -82,7 +82,7 @@ class Lanczos(Task[Krylov]):
         self.room = n - self.U.shape[1]  # the dimension of the space that is searched
         if which not in get_args(Which):
             raise ValueError(f"eigsh expects which in {get_args(Which)}, got {which!r}")
-        arguments.counts("eigsh", k=k)
+        arguments.required("eigsh", k=k)
         if k > self.room:
             raise ValueError(f"eigsh expects 1 <= k <= {self.room} for {A!r}, got k={k}")
         arguments.counts("eigsh", block=block, basis=basis)
@@ -428,7 +428,12 @@ class Lanczos(Task[Krylov]):
             return torch.empty(n, 0, dtype=self.dtype, device=self.A.device)
         if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != n:
             got = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
-            raise ValueError(f"eigsh expects {name} to be a tensor ({n},) or ({n}, j), got {got}")
+            cure = "" if isinstance(V, Tensor) else "; use torch.as_tensor"
+            raise ValueError(
+                f"eigsh expects {name} to be a tensor ({n},) or ({n}, j), got {got}{cure}"
+            )
+        if V.is_complex():
+            raise TypeError(f"eigsh expects {name} with real numbers, got {V.dtype}")
         V = V.detach().to(self.A.device, self.dtype).reshape(n, -1)
         lengths = self.space.largest(V)
         if not torch.isfinite(lengths).all() or (lengths == 0).any():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
+from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
 from . import operand, spread
 from .eigsh import eigsh
@@ -184,7 +185,7 @@ def spectral_norm(
     -------
     Estimate
         Nothing here is sampled: `value` is a lower bound of the norm up to rounding, the interval
-        from `low` to `high` certainly holds a singular value, and `standard_error` is the residual.
+        from `low` to `high`, which allows for rounding, holds a singular value, and `standard_error` is the residual.
 
     Examples
     --------
@@ -196,8 +197,10 @@ def spectral_norm(
     """
     A = operand.operator("spectral_norm", A)
     seed = arguments.seed("spectral_norm", seed)
+    arguments.positive("spectral_norm", rtol=rtol)
     source = Measured("spectral_norm", A)
     S, cost = (source, 1) if A.symmetric else (source.T @ source, 2)
+    arguments.required("spectral_norm", cost, max_products=max_products)
     if data_error:
         spread.required("spectral_norm", operand.symmetric("spectral_norm with data_error=True", A))
     found = eigsh(
@@ -211,11 +214,13 @@ def spectral_norm(
     def norm(eigenvalue: float) -> float:
         return float(source.unit * eigenvalue ** (1 / cost))
 
-    value, high = norm(theta), norm(theta + residual)
+    rounding = 10 * torch.finfo(working_dtype(A.torch_dtype)).eps * theta
+    value, residual_of_norm = norm(theta), norm(theta + residual) - norm(theta)
+    low, high = norm(theta - rounding), norm(theta + residual + rounding)
     history = tuple(
         (cost * products, value, norm(theta + worst) - value) for products, worst in found.history
     )
-    error = None if found.data_errors is None else found.data_errors[0].item()
+    data = None if found.data_errors is None else found.data_errors[0].item()
     return Estimate(
-        value, high - value, value, high, cost * found.products, found.status, history, error
+        value, residual_of_norm, low, high, cost * found.products, found.status, history, data
     )

@@ -726,3 +726,16 @@ def test_a_last_batch_of_one_that_is_squeezed_has_a_row() -> None:
     whole = GradientOperator(model, nn.MSELoss(), [(X, y)])
     ragged = GradientOperator(model, nn.MSELoss(), split((X, y), [5, 6, 1]))
     assert error(ragged.to_dense(), whole.to_dense()) < 1e-12
+
+
+def test_a_vector_or_parameter_that_is_no_number_is_named() -> None:
+    model = mlp()
+    G = GradientOperator(model, nn.MSELoss(), split((X, REAL), [1] * 23))
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        G @ torch.full_like(random(43), torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        G.T @ torch.full((23,), torch.inf, dtype=X.dtype)
+    name, parameter = next(iter(model.named_parameters()))
+    parameter.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"not finite; parameter {name} is not"):
+        G @ random(43)

@@ -435,3 +435,13 @@ def test_only_symmetric_hvpop_operators_are_taken() -> None:
         eigsh(Dense(torch.ones(3, 3)), 1)
     with pytest.raises(TypeError, match=r"hvpop.LinearOperator, got ndarray"):
         eigsh(np.ones((3, 3)), 1)  # type: ignore[arg-type]
+
+
+def test_a_start_is_real_and_a_count_is_an_integer() -> None:
+    A = Diagonal(torch.arange(1.0, 21.0, dtype=F64))
+    with pytest.raises(TypeError, match=r"v0 with real numbers, got torch\.complex128"):
+        eigsh(A, 2, v0=torch.ones(20, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"got ndarray; use torch\.as_tensor"):
+        eigsh(A, 2, v0=torch.ones(20).numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="eigsh expects k as an integer, got k=None"):
+        eigsh(A, None)  # type: ignore[arg-type]
