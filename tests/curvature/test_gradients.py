@@ -726,3 +726,15 @@ def test_a_last_batch_of_one_that_is_squeezed_has_a_row() -> None:
     whole = GradientOperator(model, nn.MSELoss(), [(X, y)])
     ragged = GradientOperator(model, nn.MSELoss(), split((X, y), [5, 6, 1]))
     assert error(ragged.to_dense(), whole.to_dense()) < 1e-12
+
+
+def test_terms_that_are_added_up_and_divided_by_samples_count_a_sample_s_share() -> None:
+    model, X, y = nn.Linear(3, 4).double(), random(12, 3), random(12, 4, seed=1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(z, y, reduction="sum") / len(y)
+
+    own = [flat(model, (model(X) - y).square().reshape(-1)[i]) for i in range(48)]
+    for sizes in ([12], [5, 7]):
+        F_ = EmpiricalFisherOperator(model, loss, split((X, y), sizes), per="term")
+        assert error(F_.to_dense(), sum(torch.outer(g, g) for g in own) / 12) < 1e-12
