@@ -95,7 +95,8 @@ class Parted:
             raise ValueError(
                 f"the loss reaches {', '.join(beside[:3])} past the outputs of the model, as a penalty "
                 "on parameters does, which J' B J does not have in it; leave it out of the loss, and add "
-                "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G)"
+                "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G); parameters "
+                "of the loss's own (a temperature) are left out by params="
             )
 
     def pull(self, s: Tensors, k: int | None = None, *, keep: bool = True) -> Params:

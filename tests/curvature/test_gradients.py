@@ -739,3 +739,15 @@ def test_a_vector_or_parameter_that_is_no_number_is_named() -> None:
     parameter.data[0] = torch.nan
     with pytest.raises(FloatingPointError, match=f"not finite; parameter {name} is not"):
         G @ random(43)
+
+
+def test_terms_that_are_added_up_and_divided_by_samples_count_a_sample_s_share() -> None:
+    model, X, y = nn.Linear(3, 4).double(), random(12, 3), random(12, 4, seed=1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(z, y, reduction="sum") / len(y)
+
+    own = [flat(model, (model(X) - y).square().reshape(-1)[i]) for i in range(48)]
+    for sizes in ([12], [5, 7]):
+        F_ = EmpiricalFisherOperator(model, loss, split((X, y), sizes), per="term")
+        assert error(F_.to_dense(), sum(torch.outer(g, g) for g in own) / 12) < 1e-12
