@@ -76,7 +76,18 @@ Budget = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Machine-readable, the same bytes from equal runs.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The page to write.")]
+
+
+def _writable(output: Path) -> Path:
+    """Seen before anything runs, which may take long."""
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"expects a path in a folder that exists, got {output}")
+    return output
+
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", callback=_writable, help="The page to write.")
+]
 
 
 @app.command()
@@ -244,8 +255,6 @@ def _report(
     checkpoint: Path | None,
     as_json: bool,
 ) -> None:
-    if not output.parent.is_dir():
-        _usage(f"--output expects a path in a folder that exists, got {output}")
     found = _analysis(H, k, which, PARTS, max_products, seed, checkpoint)
     output.write_text(render(found, command=_command()), encoding="utf-8")
     _tell(f"wrote {output}")
