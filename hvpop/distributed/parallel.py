@@ -233,7 +233,7 @@ class DataParallel(LinearOperator):
                 except NoDataError:
                     pass  # others have some
                 else:
-                    Y = A.examined(from_point(total.undivided(), V), V, whole=False)
+                    Y = A.examined(from_point(total.undivided(), V), V)
                     local.Y, local.weight, local.data = Y.contiguous(), total.weight, True
                 if not self._looked:
                     local.first = A.risk.first_batch()
