@@ -166,6 +166,8 @@ class DataAverage(LinearOperator):
         scale = self.scale(V)
         own = V if scale is None else V / scale
         Y = self.examined(from_point(self.summed(own).result(), V), own)
+        if not Y[:1].any() and not Y.any() and V.any():  # the first row tells nearly always
+            refuse_unreached(*self._place())
         return Y if scale is None else Y * scale
 
     def scale(self, V: Tensor) -> Tensor | None:
@@ -176,15 +178,9 @@ class DataAverage(LinearOperator):
         """`_summed`, with the strategy settled and the time counted."""
         return self._timed(V, lambda: settled(self.strategy, lambda: self._summed(V)))
 
-    def examined(self, Y: Tensor, V: Tensor, *, whole: bool = True) -> Tensor:
-        """``Y``, made of the columns ``V``, or an error that says why it is not finite.
-
-        Nor are zeros taken for a product if no parameter reaches the loss, unless others have data, too.
-        """
-        total = float(Y.sum())
-        if total == 0 and whole and V.any() and not Y.any():
-            refuse_unreached(*self._place())
-        if not isfinite(total) and not Y.isfinite().all():
+    def examined(self, Y: Tensor, V: Tensor) -> Tensor:
+        """``Y``, made of the columns ``V``, or an error that says why it is not finite."""
+        if not isfinite(float(Y.sum())) and not Y.isfinite().all():
             risk, point, state = self._place()
             columns = to_point(V, self.layout, point)
             found = culprit(risk.terms(), point, state, self.strategy, columns)

@@ -244,7 +244,7 @@ class DataParallel(LinearOperator):
                     pass  # others have some
                 else:
                     tensors, local.factor = total.undivided()
-                    local.Y = A.examined(from_point(tensors, V), V, whole=False)
+                    local.Y = A.examined(from_point(tensors, V), V)
                     local.weight, local.data = total.weight, True
                 if not self._looked:
                     local.first = A.risk.first_batch()
