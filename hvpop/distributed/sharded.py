@@ -72,6 +72,8 @@ class Sharded(Composite):
     def held(self) -> tuple[int, int]:
         return self._space.n, self._space.n
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return self._space.own(self.parts[0]._apply(self._space.whole(V)))
 
