@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._torch import content
 from ..operators import LinearOperator
 from ..operators.algebra import Composite
 from ..operators.records import MAGIC, Held, read, write
@@ -121,10 +122,11 @@ class Journal(Composite):
         return self._remembered(U, self.parts[0].T, "transposed ")
 
     def _remembered(self, V: Tensor, A: LinearOperator, kind: str) -> Tensor:
-        bits = V.detach().cpu().contiguous().numpy()
-        key = hashlib.blake2b(f"{kind}{bits.shape}{bits.dtype}".encode(), digest_size=16)
+        bits = V.detach().cpu().contiguous()
+        said = f"{kind}{tuple(bits.shape)}{bits.dtype}".encode()
+        key = hashlib.blake2b(said, digest_size=16)
         key.update(self._matrix)  # files of another one are not found, whatever became of matrix.pt
-        key.update(bits.data)
+        key.update(content(bits))
         file = self._path / f"{key.hexdigest()}.pt"
         found = _read(file)
         if found is not None and tuple(found.shape) == (A.shape[0], V.shape[1]):

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .._torch import content
 from .space import Space
 
 MAGIC = b"hvpop checkpoint 4\n"
@@ -75,7 +76,7 @@ class Stored:
 
     def _fill(self, piece: Tensor) -> None:
         host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-        if self.held.file.readinto(_bytes(host)) != host.nbytes:
+        if self.held.file.readinto(content(host)) != host.nbytes:
             raise ValueError(f"{self.held.path} ends too early")
         if host is not piece:
             piece.copy_(host)
@@ -192,7 +193,7 @@ def _written(
     put(_HEAD.pack(buffer.tell(), sum(t.nbytes for t in tensors.values())))
     put(buffer.getbuffer())
     for piece in stream:
-        put(_bytes(piece.cpu()))
+        put(content(piece.cpu()))
     file.write(hashed.digest())
     return hashed.digest()
 
@@ -262,8 +263,3 @@ def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
         piece = file.read(min(length, _PIECE))
         length -= len(piece)
         yield piece
-
-
-def _bytes(piece: Tensor) -> Any:
-    """The memory of a flat tensor on the host."""
-    return piece.view(torch.uint8).numpy().data

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._torch import content
 from .randomness import is_generator
 
 _LONG = 1000
@@ -197,7 +198,7 @@ def _tensor(tensor: Tensor) -> tuple[Any, ...]:
     held = tensor.layout is torch.strided and not tensor.is_nested
     if type(tensor) is Tensor and held and tensor.is_cpu and tensor.nbytes <= 2**20:
         dense = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
-        return version, tensor.dtype, tensor.shape, dense.view(torch.uint8).numpy().tobytes()
+        return version, tensor.dtype, tensor.shape, content(dense).tobytes()
     if tensor.numel() <= _LONG and held and not tensor.is_meta:
         with torch.no_grad():
             return version, repr(tensor.detach().tolist())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._torch import content
 from ..exchange import Exchange
 from ..graph import is_alone
 from ..interception import Table
@@ -442,9 +443,9 @@ def _glance(array: Tensor | np.ndarray) -> Any:
             return place
         if array.is_nested:
             return place
-        if array.nbytes > SMALL or array.dtype is torch.bfloat16:
+        if array.nbytes > SMALL:
             return place
-        return place, zlib.crc32(np.ascontiguousarray(array.detach().numpy()).data)
+        return place, zlib.crc32(content(array.detach().contiguous()))
     if array.nbytes > SMALL or array.dtype.hasobject:
         return id(array), array.shape
     return id(array), zlib.crc32(np.ascontiguousarray(array).data)

@@ -186,3 +186,22 @@ def test_what_a_forward_pass_reads_beside_its_tensors_counts_wherever_it_is(
     assert error(H @ v, expected) < TIGHT
     assert error(H.linearize() @ v, expected) < TIGHT
     assert error(A @ v, frozen) < TIGHT
+
+
+def test_no_storage_of_the_users_is_held_at_its_size() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 3), [torch.ones(3)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.scale[0]
+
+    model, x, y = Model(), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    H = HessianOperator(model, nn.CrossEntropyLoss(), [(x, y)])
+    v = torch.randn(H.shape[1])
+    H.linearize() @ v
+    assert H.linearize(memory=0).is_current()
+    H.report()
+    for tensor in (x, y, v, model.scale[0], model.layer.weight.data):
+        assert tensor.untyped_storage().resizable()
