@@ -144,7 +144,9 @@ class Space:
         update vectors in, piece by piece, that are then read while they are still in the cache.
         """
         self._require_own(*(V for pair in pairs for V in pair))
-        if self.dtype is torch.float32 and self._is_long(pairs[0][0].shape[1]):
+        # short columns, however many: one by one they cost more than a copy in float64
+        narrow = self.dtype is torch.float32 and self.n > _SHORT // 4
+        if narrow and self._is_long(pairs[0][0].shape[1]):
             totals = self._short_dots(pairs, first)
             if all(map(_in_range, totals)):
                 return totals

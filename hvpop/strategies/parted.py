@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..exchange import dual_level
-from ..graph import edge, leaves_of
+from ..graph import edge, leaves_of, pulled
 from ..interception import Interception, Table
 from ..marker import AT_MARKS, Cut, Cutting
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
@@ -104,13 +104,12 @@ class Parted:
         pairs = [(z, t) for z, t in zip(self.outputs, s, strict=True) if z.requires_grad]
         if not pairs:
             return filled(self.point, (None,) * len(self.point), k)
-        found = torch.autograd.grad(
+        found = pulled(
             [z for z, _ in pairs],
             list(self.point.values()),
             [t for _, t in pairs],
-            retain_graph=keep,
-            allow_unused=True,
-            is_grads_batched=k is not None,
+            batched=k is not None,
+            keep=keep,
         )
         return filled(self.point, found, k)
 
@@ -149,18 +148,12 @@ class DoublePullBack:
         self._curved = [z for z in parted.outputs if z.requires_grad]
         # Linear in u, so that any will do; but some derivatives of torch's are no numbers at zero.
         self._u = [torch.ones_like(z).requires_grad_() for z in self._curved]
-        pulled: tuple[Tensor | None, ...] = ()
+        back: tuple[Tensor | None, ...] = ()
         if self._curved:
-            pulled = torch.autograd.grad(
-                self._curved,
-                list(parted.point.values()),
-                self._u,
-                create_graph=True,
-                allow_unused=True,
-            )
+            back = pulled(self._curved, list(parted.point.values()), self._u, create_graph=True)
         reached = {
             n: g
-            for n, g in zip(parted.point, pulled, strict=bool(pulled))
+            for n, g in zip(parted.point, back, strict=bool(back))
             if g is not None and g.requires_grad
         }
         self._names = list(reached)
@@ -170,14 +163,8 @@ class DoublePullBack:
     def __call__(self, v: Params, k: int | None = None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(self._u)
         if self.graph:
-            found = torch.autograd.grad(
-                self.graph,
-                self._u,
-                [v[name] for name in self._names],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=k is not None,
-            )
+            cotangents = [v[name] for name in self._names]
+            found = pulled(self.graph, self._u, cotangents, batched=k is not None)
         given = iter(found)
         lead = () if k is None else (k,)
         tangents = [next(given) if z.requires_grad else None for z in self._like]

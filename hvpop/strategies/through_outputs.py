@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..graph import leaves_of, nodes_of
+from ..graph import leaves_of, nodes_of, pulled
 from ..marker import AT_MARKS, Cutting
 from .authored import NOTHING, authored, ungraded
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
@@ -193,10 +193,10 @@ def is_transpose(
     named = {str(i): t.detach().double() for i, t in enumerate(tangents)}
     for seed in range(3):
         s = generic(named, seed=seed)
-        pulled = parted.pull([t.to(z) for t, z in zip(s.values(), parted.outputs, strict=True)])
+        found = parted.pull([t.to(z) for t, z in zip(s.values(), parted.outputs, strict=True)])
         ahead = sum(float((s[i] * t).sum()) for i, t in named.items())
         back = sum(
-            float((g.detach().double() * w[name].double()).sum()) for name, g in pulled.items()
+            float((g.detach().double() * w[name].double()).sum()) for name, g in found.items()
         )
         if not abs(ahead - back) <= tolerance * norm(named):
             return False
@@ -312,14 +312,7 @@ def loss_hessian(parted: Parted) -> Times:
     def times(s: Tensors, k: int | None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(places)
         if gradient:
-            found = torch.autograd.grad(
-                gradient,
-                places,
-                [s[i] for i in curved],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=k is not None,
-            )
+            found = pulled(gradient, places, [s[i] for i in curved], batched=k is not None)
         return [torch.zeros_like(t) if f is None else f for f, t in zip(found, s, strict=True)]
 
     return times
