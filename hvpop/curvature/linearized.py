@@ -167,6 +167,7 @@ class Linearized(DataAverage):
         prepared = self._prepared()
         if not prepared.is_self_contained():
             self._refuse_another_matrix()
+            prepared.refuse_written()
         self._trace_when_used(prepared)
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self._around():
@@ -216,6 +217,7 @@ class Linearized(DataAverage):
             try:
                 return self._product(prepared, columns)
             except NoSecondDerivativeError:
+                prepared.refuse_written()
                 self._preparation = None  # its maps are those of the strategy that failed
                 raise
             except Exception as error:

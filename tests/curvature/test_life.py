@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvpop import Compiled, ForwardOverReverse, HessianOperator
+from hvpop import Compiled, ForwardOverReverse, HessianOperator, ReverseOverReverse
 
 from .problems import classes, error, random, set_parameters, split
 
@@ -213,6 +213,29 @@ def test_what_nobody_can_put_back_is_refused_where_it_is_looked_at_again(
     if way != "before the first":
         assert error(A @ v, expected) < TIGHT
     assert error(H.linearize(memory=0) @ v, expected) < TIGHT
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * x).tanh()
+
+
+@pytest.mark.parametrize("how", [{}, {"memory": 0}], ids=["kept", "again"])
+@pytest.mark.parametrize("strategy", [None, ReverseOverReverse(), ForwardOverReverse()], ids=repr)
+def test_data_that_is_written_to_in_place_is_named(strategy: Any, how: dict[str, Any]) -> None:
+    data = [(x.clone(), y) for x, y in DATA[:1]]
+    model = set_parameters(Wide().double())
+    H = HessianOperator(model, lambda o, y: F.cross_entropy(o, y), data, strategy=strategy)
+    A, v = H.linearize(**how), random(H.shape[1])
+    A @ v
+    data[0][0].mul_(2.0)
+    with pytest.raises(RuntimeError, match="data of batch 0 has been written to in place"):
+        A @ v
+    assert error(H.linearize() @ v, H @ v) < TIGHT
 
 
 def test_linearize_keeps_nothing_once_it_is_gone() -> None:
