@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dis
 import functools
 import sys
 import sysconfig
@@ -90,8 +91,8 @@ class _Walk:
         return found
 
     def _within(self, thing: Any) -> Any:
-        if isinstance(thing, type) and not _is_torchs(thing):
-            return _Same(thing), self._named(_data_of(thing))
+        if isinstance(thing, type) and not is_torchs(thing):
+            return _Same(thing), self._named(data_of(thing))
         if isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter):
             return _Same(thing), *_tensor(thing)
         if isinstance(thing, np.ndarray | np.generic):
@@ -121,14 +122,14 @@ class _Walk:
         return [(name, self.described(value)) for name, value in values]
 
 
-def _is_torchs(kind: type) -> bool:
+def is_torchs(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("torch", "builtins", "collections", "hvpop")
 
 
-def _data_of(kind: type) -> Iterator[tuple[str, Any]]:
+def data_of(kind: type) -> Iterator[tuple[str, Any]]:
     """The attributes of a class of the user's, and of its bases, that are data, or read some."""
     for base in kind.__mro__:
-        if _is_torchs(base):
+        if is_torchs(base):
             continue
         users = _is_users(base.__module__)
         for name, value in vars(base).items():
@@ -165,6 +166,11 @@ def _read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
     yield "defaults", (function.__defaults__, function.__kwdefaults__)
     yield from getattr(function, "__dict__", {}).items()
+    yield from globals_read_by(function)
+
+
+def globals_read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The data of its module that a function may read, and the user's functions and classes there."""
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
         kind = value if isinstance(value, types.FunctionType | type) else type(value)
@@ -177,7 +183,8 @@ def _read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 def _names(code: types.CodeType) -> tuple[str, ...]:
     """What a function may read of its module, the functions inside it included."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return tuple(dict.fromkeys([*code.co_names, *(name for c in inner for name in _names(c))]))
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys([*own, *(name for c in inner for name in _names(c))]))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -17,6 +18,7 @@ from .._torch import content
 from ..exchange import Exchange
 from ..graph import is_alone
 from ..interception import Table
+from ..marker import Cut, Cutting
 from .averaging import Average
 from .batches import arrays_inside
 from .divisors import DivisorWatch
@@ -24,6 +26,7 @@ from .laws import Pair, divisor
 from .losses import BatchLoss, checked_batch_loss, guesses_of, rule_of, weight_of
 from .samples import READINGS, Reading
 from .settings import settings_of
+from .terms import divisor as divisor_of
 
 Weight = Callable[[Any], float]
 """A batch -> how much it counts."""
@@ -83,15 +86,15 @@ class Weigher:
         previous: Any = None  # the last batch that counts, kept as long as it may be asked for
         single: tuple[Any, Any] | None = None  # the last two, if the last was not put together
         waiting: list[Any] = []  # the first batch, until the second is there
-        asked = False
+        asked = yielded = False
         for i, (held, batch) in enumerate(batches):
             proof.several |= i > 0 or not self._alone
-            counts = _checked(proof(batch)) > 0
+            counts = _checked(proof(batch, place)) > 0
             asked = proof.asks(i, held)
             if counts and previous is not None:
                 single = None if asked or not proof.changed else (previous, batch)
                 if asked:
-                    self._prove(proof, previous, batch, place())
+                    self._prove(proof, previous, batch, place(), self._unit(proof, i, yielded))
             if counts:
                 previous = None if proof.settled else batch
             waiting.append(batch)
@@ -99,14 +102,15 @@ class Weigher:
                 continue
             while waiting:
                 ready = waiting.pop(0)
-                yield ready, _checked(proof(ready))
+                yielded = True
+                yield ready, _checked(proof(ready, place))
                 self.refuse()
         if single is not None and not proof.settled:
             self._prove(proof, *single, place())
         if waiting and asked and not self._alone:  # the others are elsewhere
             self._prove_by_parts(proof, waiting[0], place)
         for batch in waiting:
-            yield batch, _checked(proof(batch))
+            yield batch, _checked(proof(batch, place))
 
     def _prove_by_parts(self, proof: _Proof, batch: Any, place: Callable[[], Place]) -> None:
         """As for two batches, by the halves of a single one; a single sample has none."""
@@ -148,11 +152,28 @@ class Weigher:
             self._proof = _Proof(settings, self._batch_loss, model)
         return self._proof
 
-    def _prove(self, proof: _Proof, first: Any, second: Any, place: Place) -> None:
+    def _unit(self, proof: _Proof, i: int, yielded: bool) -> str | None:
+        """What weights told by calls would be measured in, at a batch; None: they would not go with others.
+
+        Others are those in use in this pass already, which are proven as far as all were looked at,
+        and those of other processes.
+        """
+        if not self._alone:
+            return None
+        if not yielded:
+            return "its own"
+        return "as before" if proof.weight is not None and i < FIRST else None
+
+    def _prove(
+        self, proof: _Proof, first: Any, second: Any, place: Place, unit: str | None = None
+    ) -> None:
         self._proof = None  # one that fails, or is broken off, begins anew
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the loss says them again in the product
             outcome = proof.examine(first, second, place)
+            if unit and outcome in _DOUBTS and proof.counts_by_calls(first, second, place, unit):
+                outcome = "counted" if outcome == "coupled" else "mean"
+                self._watch.found, self._watch.trusted = None, True
         if outcome == "sum":
             raise ValueError(_ADDS_UP)
         self._proof = None if outcome == "divisor" else proof
@@ -163,9 +184,11 @@ class Weigher:
             raise ValueError(
                 _DIVIDES.format(self._watch.found or "something else than its number of samples")
             )
-        if outcome in _DOUBTS and not self._warned:
+        if (outcome in _DOUBTS or outcome == "counted") and not self._warned:
             self._warned = True
-            warnings.warn(_ASSUMED.format(_DOUBTS[outcome]), stacklevel=3)
+            known = outcome == "counted"
+            said = _COUNTED if known else _ASSUMED.format(_DOUBTS[outcome])
+            warnings.warn(said, stacklevel=3)
 
 
 UNREACHED = (
@@ -187,11 +210,13 @@ _ASSUMED = (
     "by something else, pass average=Average(weight=...) with a function that returns the divisor of "
     "a batch"
 )
+_COUPLED = (
+    "the loss of two batches put together is no mean of theirs, whatever their weights (samples see "
+    "each other, or several means are added), so the operator is the mean of the batches' Hessians"
+)
+_COUNTED = f"batches are weighted by what the call of their loss divides by: {_COUPLED}"
 _DOUBTS = {
-    "coupled": (
-        "the loss of two batches put together is no mean of theirs, whatever their weights (samples see "
-        "each other, or several means are added), so the operator is the mean of the batches' Hessians"
-    ),
+    "coupled": _COUPLED,
     "apart": (
         "the batches cannot be put together to see what their loss divides by (they differ in shapes or "
         "constants, or hold objects that are not known)"
@@ -213,9 +238,24 @@ class _Proof:
         self._guesses: list[Weight] = [_given(guess, model) for guess in guesses or ()]
         self._seen: dict[int, Any] = {}
         self.changed = False  # the batch looked at last
+        self._per_term: float | None = None  # the weight, if calls tell what batches divide by
 
-    def __call__(self, batch: Any) -> float:
+    def __call__(self, batch: Any, place: Callable[[], Place] | None = None) -> float:
+        if self._per_term is not None and place is not None:
+            terms = Losses(place()).divisor(batch)
+            if terms is None:
+                raise ValueError(_DIVIDES.format("what one call of torch says, and then does not"))
+            return self._per_term * terms
         return (self.weight or self._assumed)(batch)
+
+    def counts_by_calls(self, first: Any, second: Any, place: Place, unit: str) -> bool:
+        """Whether the loss is one call of torch's, which says what it divides by; taken from now on."""
+        losses = Losses(place)
+        terms = [losses.divisor(batch) for batch in (first, second)]
+        if None in terms or not terms[0]:
+            return False
+        self._per_term = 1.0 if unit == "its own" else self(first) / terms[0]
+        return True
 
     def asks(self, i: int, held: Any) -> bool:
         """Whether to put a batch together with the one before: one was not seen yet as it is."""
@@ -357,12 +397,20 @@ class Losses:
             slack += 3 * abs(self(reading.joined(second, first)) - both)
         return Pair(*losses, slack)
 
+    def divisor(self, batch: Any) -> float | None:
+        """What the loss divides by, where the whole of it is one call of a loss function of torch's."""
+        cut = Cut(Cutting(watching=True))
+        with cut, suppress(Exception):
+            value = self._evaluated(batch)
+            return next((divisor_of(c) for c in cut.calls if c.value is value), None)
+        return None
+
     def __call__(self, batch: Any) -> float:
         if id(batch) not in self._known:
-            self._known[id(batch)] = batch, self._evaluated(batch)
+            self._known[id(batch)] = batch, float(self._evaluated(batch).detach())
         return self._known[id(batch)][1]
 
-    def _evaluated(self, batch: Any) -> float:
+    def _evaluated(self, batch: Any) -> Tensor:
         with torch.inference_mode(False), _InModes(self._modes):
             if not self._near:
                 try:
@@ -373,9 +421,9 @@ class Losses:
             with torch.enable_grad():
                 return self._value(self._point(), batch)
 
-    def _value(self, point: dict[str, Tensor], batch: Any) -> float:
+    def _value(self, point: dict[str, Tensor], batch: Any) -> Tensor:
         place = self._place
-        return float(self._function(point, place.state, batch, place.seed).detach())
+        return self._function(point, place.state, batch, place.seed)
 
     def _point(self) -> dict[str, Tensor]:
         point = self._place.point

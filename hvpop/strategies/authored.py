@@ -97,7 +97,7 @@ def _difference(
     fn: ScalarFunction, params: Params, args: tuple[object, ...], v: Params
 ) -> Difference:
     """In double precision if the function can be evaluated in it."""
-    doubled = _in_double((params, args, v))
+    doubled = in_double((params, args, v))
     try:
         return difference(lambda p: first_gradient(fn, p, doubled[1]), doubled[0], doubled[2])
     except Exception:  # a constant or a cast of the user's own holds on to its dtype
@@ -122,7 +122,7 @@ def _farthest(product: Params, truth: Difference, params: Params) -> float | Non
 
 def _is_gradient_of_loss(fn: ScalarFunction, params: Params, args: tuple[object, ...]) -> bool:
     """Whether the gradient is the derivative of the loss, along a generic direction."""
-    doubled = _in_double((params, args))
+    doubled = in_double((params, args))
     for point, data in (doubled, (params, args)):
         try:
             return _slope_fits(fn, point, data)
@@ -151,7 +151,8 @@ def _slope_fits(fn: ScalarFunction, point: Params, args: Any) -> bool:
     return bool(abs(slopes[1] - expected) <= tolerance)
 
 
-def _in_double(tensors: Any) -> Any:
+def in_double(tensors: Any) -> Any:
+    """The same with all that is real in double precision."""
     return pytree.tree_map(
         lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tensors
     )

@@ -135,6 +135,47 @@ def test_batches_that_cannot_be_put_together_are_warned_about_once() -> None:
         product(HessianOperator(mlp(), summed, data))
 
 
+def loss_of_pixels(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, ignore_index=2)
+
+
+@pytest.mark.parametrize("sizes", [((2, 6), (3, 4), (1, 8)), ((2, 4), (3, 4), (1, 8), (2, 6))])
+def test_what_a_call_of_torch_divides_by_weighs_images_of_several_sizes(
+    sizes: tuple[tuple[int, int], ...],
+) -> None:
+    model = set_parameters(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh()).double())
+    data = [
+        (random(b, 1, side, side, seed=side), classes(b * side**2).reshape(b, side, side))
+        for b, side in sizes
+    ]
+    told = HessianOperator(model, nn.CrossEntropyLoss(ignore_index=2), data)
+    H = HessianOperator(model, loss_of_pixels, data)
+    if sizes[0][1] == sizes[1][1]:  # which can be put together, and would be refused
+        H = HessianOperator(model, lambda z, y: F.cross_entropy(z, y), data)
+        told = HessianOperator(model, nn.CrossEntropyLoss(), data)
+    for _ in range(2):
+        assert error(product(H), product(told)) < TIGHT
+    assert error(product(H.linearize()), product(told)) < TIGHT
+
+
+def test_sequences_packed_into_one_count_by_their_tokens() -> None:
+    tokens = [random(1, n, 4, seed=n) for n in (29, 5, 11)]
+    data = [(x, classes(x.shape[1])[None]) for x in tokens]
+
+    class Past(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1).tanh()
+
+    model = set_parameters(nn.Sequential(nn.Linear(4, 5), Past(), nn.Linear(5, 3)).double())
+    H = HessianOperator(model, lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()), data)
+    told = [
+        product(HessianOperator(model, lambda o, y: -likelihoods(o, y).mean(), [b])) for b in data
+    ]
+    found = product(H)
+    expected = sum(x.shape[1] * t for (x, _), t in zip(data, told, strict=True)) / 45
+    assert error(found, torch.as_tensor(expected)) < TIGHT
+
+
 # -- batches of any form -------------------------------------------------------------------------
 
 
@@ -293,6 +334,10 @@ def _whole(model: nn.Module, data: list[Any]) -> Tensor:
     return product(HessianOperator(model, masked, [batch]))
 
 
+def likelihoods(o: Tensor, y: Tensor) -> Tensor:
+    return o.log_softmax(-1).gather(-1, y[..., None])
+
+
 def test_losses_too_much_alike_speak_for_no_weights_but_those_at_work() -> None:
     tokens = [
         torch.randint(5, (1, n), generator=torch.Generator().manual_seed(n)) for n in (29, 23)
@@ -304,7 +349,7 @@ def test_losses_too_much_alike_speak_for_no_weights_but_those_at_work() -> None:
             return x.cumsum(1).tanh()
 
     model = set_parameters(nn.Sequential(nn.Embedding(5, 4), Past(), nn.Linear(4, 5)).double())
-    H = HessianOperator(model, lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()), data)
+    H = HessianOperator(model, lambda o, y: -likelihoods(o, y).mean(), data)
     with pytest.warns(UserWarning, match="cannot be put together"):
         product(H)
 
