@@ -225,6 +225,16 @@ def test_a_budget_that_was_too_small_is_a_finding(target: str) -> None:
     assert "--max-products N allows for more" in result.stderr
 
 
+@pytest.mark.parametrize(("command", "least"), [("spectrum", 4), ("report", 6)])
+def test_a_budget_that_no_number_can_do_with_is_seen_before_anything_runs(
+    target: str, command: str, least: int
+) -> None:
+    result = hvpop(command, target, "--k", "1", "--max-products", str(least - 1))
+    assert result.exit_code == 2
+    assert "running" not in result.stderr
+    assert hvpop(command, target, "--k", "1", "--max-products", str(least)).exit_code == 1
+
+
 def test_compare_says_which_numbers_differ(target: str, tmp_path: Path) -> None:
     for name, seed in (("a", "0"), ("b", "0"), ("c", "5")):
         text = hvpop("spectrum", target, "--json", "--seed", seed).stdout
