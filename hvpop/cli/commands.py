@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
+from .. import __version__
 from ..curvature.kinds import MATRICES
 from ..operators import LinearOperator
 from ..report import PARTS, Analysis, analyze, render
@@ -26,7 +27,6 @@ FINE, FINDING, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="hvpop",
-    help="The Hessian of a PyTorch model from the command line.",
     epilog="Exit codes: 0 fine, 1 a finding, 2 wrong usage, 130 interrupted. Results go to stdout, all "
     "else to stderr.",
     no_args_is_help=True,
@@ -71,7 +71,10 @@ CheckpointFolder = Annotated[
     typer.Option("--checkpoint", metavar="DIR", help="Keep states there, and go on from them."),
 ]
 Budget = Annotated[
-    int | None, typer.Option("--max-products", min=2, help="The budget of each number.")
+    int | None, typer.Option("--max-products", min=4, help="The budget of each number.")
+]  # the least that the trace takes; for a report, that the norm does: seen before anything runs
+ReportBudget = Annotated[
+    int | None, typer.Option("--max-products", min=6, help="The budget of each number.")
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Machine-readable, the same bytes from equal runs.")
@@ -156,7 +159,7 @@ def report(
     device: Device = None,
     weights: Weights = None,
     seed: Seed = 0,
-    max_products: Budget = None,
+    max_products: ReportBudget = None,
     checkpoint: CheckpointFolder = None,
     as_json: Json = False,
 ) -> None:
@@ -172,12 +175,21 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Which numbers of two runs differ by more than their errors. Finds 1 if any does."""
+    expected = (
+        "compare expects two files that `hvpop spectrum --json` or `hvpop report --json` wrote"
+    )
+    read = []
+    for path in (a, b):
+        try:
+            read.append(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            _usage(f"{expected}: {path}: {error.strerror}")
+        except ValueError as error:
+            _usage(f"{expected}: {path} is no JSON: {error}")
     try:
-        found = compared(*(json.loads(path.read_text(encoding="utf-8")) for path in (a, b)))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        _usage(
-            f"compare expects two files that `hvpop spectrum --json` or `hvpop report --json` wrote: {error}"
-        )
+        found = compared(*read)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        _usage(f"{expected}: {error}")
     _print_json(found.as_dict()) if as_json else print(found)
     raise typer.Exit(FINDING if found.differing else FINE)
 
@@ -193,6 +205,22 @@ def demo(
     with _usage_errors():
         H = operator_of(digits(seed), target="hvpop demo", seed=seed)
     _report(H, output, 5, "BE", None, seed, None, as_json)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hvpop {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    """The Hessian of a PyTorch model from the command line."""
 
 
 # -- what they share ------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def function_of(target: str) -> Callable[[], Any]:
         raise UsageError(f"{place} has no {name}; it has {', '.join(there[:8]) or 'no functions'}")
     if not callable(found):
         raise UsageError(f"{target} is no function but {found!r:.40}; {EXPECTED}")
+    if isinstance(found, nn.Module):
+        raise UsageError(f"{target} is a model, a {type(found).__name__}; {EXPECTED}")
     try:
         inspect.signature(found).bind()
     except TypeError as error:
@@ -171,6 +174,8 @@ def _block(H: LinearOperator, params: list[str]) -> LinearOperator:
 def _place(model: nn.Module, device: str | None, weights: Path | None) -> None:
     """The user's weights, read as data and never as code, and the device."""
     if weights is not None:
+        if not weights.is_file():
+            raise UsageError(f"--weights: there is no file {weights}")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -178,6 +183,17 @@ def _place(model: nn.Module, device: str | None, weights: Path | None) -> None:
                 f"--weights {weights} cannot be read as weights alone ({type(error).__name__}); "
                 "save model.state_dict()"
             ) from error
-        model.load_state_dict(state)
+        with _option(f"--weights {weights} does not fit the model"):
+            model.load_state_dict(state)
     if device is not None:
-        model.to(device)
+        with _option(f"--device {device} is not to be had here"):
+            model.to(device)
+
+
+@contextmanager
+def _option(failed: str) -> Iterator[None]:
+    """What torch says about an option's value comes with the option."""
+    try:
+        yield
+    except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"{failed}: {' '.join(str(error).split())}") from error

@@ -53,6 +53,8 @@ def _wrapped(A: Any) -> str:
             f"{got}; wrap an operator of SciPy, hvpop.FromFunction(lambda V: "
             "torch.as_tensor(A @ V.cpu().numpy()), A.shape, symmetric=True)"
         )
+    if isinstance(A, torch.nn.Module):
+        return f"{got}; make an operator of the model, HessianOperator(model, loss, data)"
     return f"{got}; wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
 
 

@@ -377,6 +377,11 @@ def test_the_density_of_one_repeated_eigenvalue(value: float) -> None:
         (lambda A: logdet(A), ValueError, "symmetric=False"),
         (lambda A: spectral_density(A), ValueError, "symmetric=False"),
         (lambda A: trace(A.matrix), TypeError, "got Tensor; wrap a matrix in hvpop.Dense"),
+        (
+            lambda A: trace(torch.nn.Linear(2, 1)),
+            TypeError,
+            r"got Linear; .* HessianOperator\(model, ",
+        ),
     ],
 )
 def test_misuse_is_refused(
