@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .description import Description
-from .settings import data_of, differ, globals_read_by, is_torchs
+from .settings import data_of, differ, globals_read_by, is_torchs, is_users
 
 _MOST = 5000
 """Things looked at; beyond, a change is not seen."""
@@ -23,7 +23,7 @@ class Outside:
     """The things as they were when it was made; a look at whether they still are takes microseconds.
 
     What modules and the loss hold themselves is put back, so that only the functions and classes
-    count that are found there.
+    count that are found there, and of these the user's: what installed ones remember is their business.
     """
 
     def __init__(self, now: Description) -> None:
@@ -82,7 +82,8 @@ class Outside:
         if isinstance(thing, (*_LEAVES, nn.Module)) or not self._is_new(thing):
             return
         if isinstance(thing, types.FunctionType):
-            self._visit_function(thing)
+            if is_users(thing.__module__):
+                self._visit_function(thing)
         elif isinstance(thing, types.MethodType | functools.partial):
             self._visit(getattr(thing, "__func__", None) or thing.func, name)  # type: ignore[union-attr]
         elif isinstance(thing, type):
@@ -111,7 +112,7 @@ class Outside:
 
     def _visit_class(self, kind: type) -> None:
         for base in kind.__mro__:
-            if not is_torchs(base):
+            if is_users(base.__module__):
                 space = vars(base)
                 self._contents.append((space, dict(space), base.__qualname__))
         for name, value in data_of(kind):

@@ -131,7 +131,7 @@ def data_of(kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
         if is_torchs(base):
             continue
-        users = _is_users(base.__module__)
+        users = is_users(base.__module__)
         for name, value in vars(base).items():
             function = value.fget if isinstance(value, property) else value
             function = getattr(function, "__func__", function)
@@ -174,7 +174,7 @@ def globals_read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
         kind = value if isinstance(value, types.FunctionType | type) else type(value)
-        users = _is_users(kind.__module__) and not isinstance(value, nn.Module)
+        users = is_users(kind.__module__) and not isinstance(value, nn.Module)
         if users or isinstance(value, _PLAIN):
             yield name, value
 
@@ -188,7 +188,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_users(module: str | None) -> bool:
+def is_users(module: str | None) -> bool:
     """Whether a module is no installed one: what these hold is as their authors wrote it."""
     top = (module or "").partition(".")[0]
     if top in {*sys.stdlib_module_names, "hvpop", "torch"} - {"__main__"}:

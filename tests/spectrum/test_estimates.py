@@ -94,7 +94,7 @@ def test_bands_of_the_frobenius_norm_cover_it(case: str) -> None:
     assert COVERED[0] <= hits <= COVERED[1]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["flat", "decaying"])
 def test_bands_of_the_frobenius_norm_of_long_vectors_cover_it(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
