@@ -263,7 +263,7 @@ def draw(truth: np.ndarray, top: np.ndarray, path: Path) -> None:
         side = "left" if sign > 0 else "right"  # of the curve, where there is room
         axes.text(i, sizes[i] * 2.5**sign, f"{len(sizes)} {name}", color=color, ha=side)
     axes.plot(range(1, TOP + 1), top, "o", ms=9, mfc="none", mec="black")
-    axes.text(4, 1.5 * top[3], f"the {TOP} that eigsh found")
+    axes.text(4, 3 * top[3], f"the {TOP} that eigsh found")
     axes.axhline(DAMPING, color="gray", lw=0.8, ls="--")
     axes.text(axes.get_xlim()[1], 1.15 * DAMPING, "damping", color="gray", ha="right")
     zeros = np.count_nonzero(np.abs(truth) <= rounding)

@@ -6,6 +6,7 @@ its place here. One that it has and no longer calls is found out by `hvpop.risk.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
 from collections.abc import Hashable
@@ -22,6 +23,17 @@ from torch.utils._pytree import TreeSpec
 
 OLDEST, NEWEST = "2.6", "2.15"
 """The releases that the suite is run on, see docs/versions.md."""
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, shared; the view keeps the tensor.
+
+    `Tensor.numpy` would share them, too, but no storage that it was called on is ever resized again: FSDP
+    resizes those of parameters, and a tensor of the user's is to stay what it was.
+    """
+    held: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    held.tensor = tensor
+    return memoryview(held).cast("B")
 
 
 def _private(path: str, purpose: str) -> Any:
@@ -155,6 +167,12 @@ _EAGERLY = "to run compiled code eagerly, since it has no double backward"
 engine = _private(
     "torch.autograd.graph._engine_run_backward",
     "to tell a derivative of torch's that fails, and to take one without looking at shapes",
+)
+
+
+will_run = _private(
+    "torch._C._will_engine_execute_node",
+    "to leave out derivatives that a pass does not ask for (since 2.1)",
 )
 
 

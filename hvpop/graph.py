@@ -48,6 +48,11 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
+def is_alone(loss: Tensor) -> bool:
+    """Whether a loss is a leaf that nothing goes on from, such as ``zeros((), requires_grad=True)``."""
+    return loss.is_leaf and not (loss._backward_hooks or loss._post_accumulate_grad_hooks)
+
+
 def saved_by(ends: Iterable[End]) -> Iterator[Tensor]:
     """The tensors that a graph keeps.
 
@@ -60,6 +65,26 @@ def saved_by(ends: Iterable[End]) -> Iterator[Tensor]:
         yield from _torch.saved_by(node)
 
 
+def wanted(ctx: Any) -> tuple[bool, ...]:
+    """By which inputs of a custom Function, tensors first, the pass at work asks for derivatives.
+
+    ``ctx.needs_input_grad`` has in it what any other pass through the same graph may ask for.
+    """
+    behind = getattr(
+        ctx, "next_functions", None
+    )  # of the tensors; not while functorch differentiates
+    if behind is None:
+        return tuple(ctx.needs_input_grad)
+    return tuple(node is not None and _is_asked(node) for node, _ in behind)
+
+
+def _is_asked(node: Any) -> bool:
+    try:
+        return bool(_torch.will_run(node))
+    except RuntimeError:  # what torch says of a leaf whose derivative is asked for
+        return True
+
+
 _ORDINARY = (Tensor, torch.nn.Parameter, GradientEdge)
 
 
@@ -70,8 +95,9 @@ def pulled(
     *,
     create_graph: bool = False,
     batched: bool = False,
+    keep: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` with the graph kept, and None for inputs that are not reached.
+    """`torch.autograd.grad` with the graph kept, if not told otherwise, and None for inputs not reached.
 
     Cotangents of the outputs' shapes go to the engine without having their shapes looked at in
     Python: 15 of 220 microseconds for the four parameters of a small network.
@@ -82,7 +108,7 @@ def pulled(
             ends,
             inputs,
             cotangents,
-            retain_graph=True,
+            retain_graph=keep,
             create_graph=create_graph,
             allow_unused=True,
             is_grads_batched=batched,
@@ -90,7 +116,7 @@ def pulled(
     found: tuple[Tensor | None, ...] = _torch.engine(
         tuple(outputs),
         tuple(cotangents),
-        True,
+        keep,
         create_graph,
         tuple(inputs),
         True,

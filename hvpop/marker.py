@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -110,8 +110,11 @@ AT_MARKS = Cutting()
 class Cut(Exchange):
     """While it is active, a loss is handed leaves in place of what is marked; both are remembered."""
 
-    def __init__(self, cutting: Cutting = AT_MARKS) -> None:
+    def __init__(
+        self, cutting: Cutting = AT_MARKS, handing: Sequence[Tensor | None] | None = None
+    ) -> None:
         super().__init__()
+        self._handing = handing or ()  # what is handed on in place of what the model has made
         self.watching, self._at_calls, self._at_inputs = cutting
         self.outputs: list[Tensor] = []  # as the model has made them
         self.leaves: list[Tensor] = []  # as the loss has seen them
@@ -136,13 +139,24 @@ class Cut(Exchange):
 
     def _handed(self, thing: Any) -> Any:
         if not isinstance(thing, Tensor) or not thing.is_floating_point():
+            if isinstance(thing, Tensor) and thing.is_complex() and thing.requires_grad:
+                raise ValueError(_COMPLEX)
             return thing
         if any(thing is leaf for leaf in self.leaves):
             return thing  # marked before
-        leaf = thing.detach().requires_grad_()
+        given = self._handing[len(self.leaves)] if len(self.leaves) < len(self._handing) else None
+        if given is None or given.numel() != thing.numel():  # of one sample, squeezed, they fit
+            given = thing
+        leaf = given.detach().requires_grad_()
         self.outputs.append(thing)
         self.leaves.append(leaf)
         return leaf
+
+
+_COMPLEX = (
+    "an output of the model is complex, and Jacobians are of real ones: let it return "
+    "torch.view_as_real(z), and the loss put the parts together"
+)
 
 
 class _Here(threading.local):

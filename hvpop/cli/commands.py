@@ -14,19 +14,19 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
+from .. import __version__
 from ..curvature.kinds import MATRICES
 from ..operators import LinearOperator
 from ..report import PARTS, Analysis, analyze, render
 from ..report import compare as compared
 from .demo import digits
-from .target import UsageError, function_of, operator_of, users_code
+from .target import UsageError, failure, function_of, operator_of, users_code
 from .words import shown
 
 FINE, FINDING, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="hvpop",
-    help="The Hessian of a PyTorch model from the command line.",
     epilog="Exit codes: 0 fine, 1 a finding, 2 wrong usage, 130 interrupted. Results go to stdout, all "
     "else to stderr.",
     no_args_is_help=True,
@@ -71,12 +71,26 @@ CheckpointFolder = Annotated[
     typer.Option("--checkpoint", metavar="DIR", help="Keep states there, and go on from them."),
 ]
 Budget = Annotated[
-    int | None, typer.Option("--max-products", min=2, help="The budget of each number.")
+    int | None, typer.Option("--max-products", min=4, help="The budget of each number.")
+]  # the least that the trace takes; for a report, that the norm does: seen before anything runs
+ReportBudget = Annotated[
+    int | None, typer.Option("--max-products", min=6, help="The budget of each number.")
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Machine-readable, the same bytes from equal runs.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The page to write.")]
+
+
+def _writable(output: Path) -> Path:
+    """Seen before anything runs, which may take long."""
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"expects a path in a folder that exists, got {output}")
+    return output
+
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", callback=_writable, help="The page to write.")
+]
 
 
 @app.command()
@@ -145,11 +159,11 @@ def report(
     device: Device = None,
     weights: Weights = None,
     seed: Seed = 0,
-    max_products: Budget = None,
+    max_products: ReportBudget = None,
     checkpoint: CheckpointFolder = None,
     as_json: Json = False,
 ) -> None:
-    """All there is to know, as one HTML file without scripts; with --json on stdout, too."""
+    """All there is to know, as one HTML page; --json: on stdout, too."""
     H = _operator(target, matrix, params, data_batches, device, weights, seed)
     _report(H, output, k, which.value, max_products, seed, checkpoint, as_json)
 
@@ -161,12 +175,21 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Which numbers of two runs differ by more than their errors. Finds 1 if any does."""
+    expected = (
+        "compare expects two files that `hvpop spectrum --json` or `hvpop report --json` wrote"
+    )
+    read = []
+    for path in (a, b):
+        try:
+            read.append(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            _usage(f"{expected}: {path}: {error.strerror}")
+        except ValueError as error:
+            _usage(f"{expected}: {path} is no JSON: {error}")
     try:
-        found = compared(*(json.loads(path.read_text(encoding="utf-8")) for path in (a, b)))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        _usage(
-            f"compare expects two files that `hvpop spectrum --json` or `hvpop report --json` wrote: {error}"
-        )
+        found = compared(*read)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        _usage(f"{expected}: {error}")
     _print_json(found.as_dict()) if as_json else print(found)
     raise typer.Exit(FINDING if found.differing else FINE)
 
@@ -177,11 +200,27 @@ def demo(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a small network on handwritten digits, and report on its Hessian."""
+    """A report on a small network, with nothing given."""
     _tell("training a 64-16-10 network on handwritten digits, on the CPU")
     with _usage_errors():
         H = operator_of(digits(seed), target="hvpop demo", seed=seed)
     _report(H, output, 5, "BE", None, seed, None, as_json)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hvpop {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    """The Hessian of a PyTorch model from the command line."""
 
 
 # -- what they share ------------------------------------------------------------------------------
@@ -244,8 +283,6 @@ def _report(
     checkpoint: Path | None,
     as_json: bool,
 ) -> None:
-    if not output.parent.is_dir():
-        _usage(f"--output expects a path in a folder that exists, got {output}")
     found = _analysis(H, k, which, PARTS, max_products, seed, checkpoint)
     output.write_text(render(found, command=_command()), encoding="utf-8")
     _tell(f"wrote {output}")
@@ -263,6 +300,8 @@ def _needs(H: LinearOperator, method: str) -> Callable[[], Any]:
 def _end(found: Analysis, checkpoint: Path | None) -> NoReturn:
     for finding in found.findings:
         _tell(f"finding: {finding}")
+    if any("max products" in finding for finding in found.findings):
+        _tell("the budget of products was too small: --max-products N allows for more")
     if found.interrupted or any("interrupted" in finding for finding in found.findings):
         again = _command() if checkpoint is not None else f"{_command()} --checkpoint DIR"
         _tell(f"to go on {'' if checkpoint else 'next time '}from where it stopped: {again}")
@@ -297,8 +336,10 @@ class _usage_errors:  # noqa: N801 (used like a function)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._warnings.__exit__(kind, error, trace)
-        if isinstance(error, UsageError | ValueError | TypeError | FloatingPointError | OSError):
-            _usage(" ".join(str(error).split()))
         if isinstance(error, KeyboardInterrupt):
             _tell("interrupted before there was anything to show")
             raise typer.Exit(INTERRUPTED)
+        if isinstance(error, UsageError | ValueError | TypeError | FloatingPointError | OSError):
+            _usage(" ".join(str(error).split()))
+        if isinstance(error, Exception) and not isinstance(error, typer.Exit):
+            _usage(failure(error))  # 1, which Python would exit with, is a finding

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,15 @@ def function_of(target: str) -> Callable[[], Any]:
         ]
         raise UsageError(f"{place} has no {name}; it has {', '.join(there[:8]) or 'no functions'}")
     if not callable(found):
-        raise UsageError(f"{target} is a {type(found).__name__}, no function; {EXPECTED}")
+        raise UsageError(f"{target} is no function but {found!r:.40}; {EXPECTED}")
+    if isinstance(found, nn.Module):
+        raise UsageError(f"{target} is a model, a {type(found).__name__}; {EXPECTED}")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise UsageError(f"{target} cannot be called with nothing: {error}; {EXPECTED}") from error
+    except ValueError:  # a builtin's, which does not tell its arguments
+        pass
     return found  # type: ignore[no-any-return]
 
 
@@ -87,11 +98,17 @@ class users_code:  # noqa: N801 (used like a function)
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or isinstance(error, KeyboardInterrupt | UsageError):
             return
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        text = " ".join(str(error).split())
-        raise UsageError(f"{self.what} raised {type(error).__name__}: {text} ({place})") from error
+        raise UsageError(f"{self.what} raised {failure(error)}") from error
+
+
+def failure(error: BaseException) -> str:
+    """An exception and where it came from, in one line: the user's code, if that was reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = str(Path(torch.__file__).parents[1]), str(Path(__file__).parents[1])
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    place = (own or frames)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({place.filename}:{place.lineno})"
 
 
 def operator_of(
@@ -157,6 +174,8 @@ def _block(H: LinearOperator, params: list[str]) -> LinearOperator:
 def _place(model: nn.Module, device: str | None, weights: Path | None) -> None:
     """The user's weights, read as data and never as code, and the device."""
     if weights is not None:
+        if not weights.is_file():
+            raise UsageError(f"--weights: there is no file {weights}")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -164,6 +183,17 @@ def _place(model: nn.Module, device: str | None, weights: Path | None) -> None:
                 f"--weights {weights} cannot be read as weights alone ({type(error).__name__}); "
                 "save model.state_dict()"
             ) from error
-        model.load_state_dict(state)
+        with _option(f"--weights {weights} does not fit the model"):
+            model.load_state_dict(state)
     if device is not None:
-        model.to(device)
+        with _option(f"--device {device} is not to be had here"):
+            model.to(device)
+
+
+@contextmanager
+def _option(failed: str) -> Iterator[None]:
+    """What torch says about an option's value comes with the option."""
+    try:
+        yield
+    except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"{failed}: {' '.join(str(error).split())}") from error

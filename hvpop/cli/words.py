@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..report import Analysis
+from ..report.ranks import ranks
 
 
 def shown(found: Analysis) -> str:
@@ -13,12 +14,13 @@ def shown(found: Analysis) -> str:
     pairs = found.eigenvalues
     if pairs is not None:
         lines += ["", f"eigenvalues ({found.which}): {pairs.status}, {pairs.products} products"]
-        head = f"{'':>4} {'eigenvalue':>14} {'residual':>10}"
+        names = ranks(pairs.eigenvalues.tolist(), found.which)
+        width = max([4, *map(len, names)])
+        head = f"{'':>{width}} {'eigenvalue':>14} {'residual':>10}"
         errors = pairs.data_errors
         lines.append(head + (f" {'data error':>11}" if errors is not None else ""))
-        count = pairs.eigenvalues.shape[0]
-        for i in reversed(range(count)):
-            row = f"{count - i:>4} {pairs.eigenvalues[i].item():>14.6g} {pairs.residuals[i].item():>10.1e}"
+        for i in reversed(range(len(names))):
+            row = f"{names[i]:>{width}} {pairs.eigenvalues[i].item():>14.6g} {pairs.residuals[i].item():>10.1e}"
             lines.append(row + (f" {errors[i].item():>11.1e}" if errors is not None else ""))
     for name, estimate in (("trace", found.trace), ("Frobenius norm", found.norm)):
         if estimate is not None:

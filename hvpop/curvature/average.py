@@ -9,23 +9,29 @@ from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, finfo
 
 from ..exchange import guarded
 from ..operators import BatchForms, Layout, LinearOperator
 from ..risk import EmpiricalRisk
 from ..risk.modules import Selection
-from ..strategies import FirstThatWorks, HVPStrategy, Params
+from ..strategies import FirstThatWorks, HVPStrategy, NoSecondDerivativeError, Params
 from ..strategies.base import grad_enabled
 from ..strategies.fallback import settled
 from .blocks import between
 from .check import CheckResult, check
 from .cost import Cost, cost, timed
-from .diagnosis import culprit
+from .diagnosis import culprit, differences_serve, refuse_unreached
 from .forms import batch_forms
 from .space import WeightedSum, from_point, layout_of, scale_of, space_of, to_point
 
 T = TypeVar("T")
+
+
+_NOT_FINITE = (
+    "{!r}: torch's second derivative of an op is not finite, where differences of gradients show that "
+    "there is one"
+)
 
 
 class Place(NamedTuple):
@@ -165,7 +171,12 @@ class DataAverage(LinearOperator):
     def _average(self, V: Tensor) -> Tensor:
         scale = self.scale(V)
         own = V if scale is None else V / scale
-        Y = self.examined(from_point(self.summed(own).result(), V), own)
+        Y = from_point(self.summed(own).result(), V)
+        if not isfinite(float(Y.sum())) and self._steps_down(own):
+            Y = from_point(self.summed(own).result(), V)
+        Y = self.examined(Y, own)
+        if not Y[:1].any() and not Y.any() and V.any():  # the first row tells nearly always
+            refuse_unreached(*self._place())
         return Y if scale is None else Y * scale
 
     def scale(self, V: Tensor) -> Tensor | None:
@@ -175,6 +186,24 @@ class DataAverage(LinearOperator):
     def summed(self, V: Tensor) -> WeightedSum:
         """`_summed`, with the strategy settled and the time counted."""
         return self._timed(V, lambda: settled(self.strategy, lambda: self._summed(V)))
+
+    def _steps_down(self, V: Tensor) -> bool:
+        """Leave a strategy that has no finite product of columns where differences show that there is one."""
+        strategy = self.strategy
+        if not isinstance(strategy, FirstThatWorks) or len(strategy.chain) < 2:
+            return False
+        exact = strategy.current
+        short = any(finfo(dtype).bits < 32 for dtype in self._dtypes)  # differences are rounding
+        if short or not exact.of_gradients or not V.isfinite().all():
+            return False
+        risk, point, state = self._place()
+        columns = to_point(V, self.layout, point)
+        with grad_enabled(), risk.place(point, state):
+            if not differences_serve(risk.terms(), point, state, exact, columns):
+                return False
+        strategy.step_down(exact, NoSecondDerivativeError(_NOT_FINITE.format(exact)))
+        self.strategies_left(len(strategy.chain))
+        return True
 
     def examined(self, Y: Tensor, V: Tensor) -> Tensor:
         """``Y``, made of the columns ``V``, or an error that says why it is not finite."""

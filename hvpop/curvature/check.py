@@ -133,7 +133,8 @@ def _compare_products(examination: Examination) -> None:
     u, v = examination.probe(1), examination.probe(2)
     uv = torch.cat([u, v], dim=1)
     Hu, Hv, H_uv = examination.products(examination.strategy, u, v, uv)
-    asymmetry = float((u.T @ Hv - v.T @ Hu).abs() / (u.norm() * Hv.norm()).clamp_min(TINY))
+    gap = (u.double().T @ Hv.double() - v.double().T @ Hu.double()).abs()
+    asymmetry = float(gap / (u.double().norm() * Hv.double().norm()).clamp_min(TINY))
     noise = 0.0
     if asymmetry > examination.rounding:
         noise = examination.noise(v)
@@ -143,9 +144,9 @@ def _compare_products(examination: Examination) -> None:
         examination.note("open", "symmetry", "tells nothing: the product is zero up to rounding")
     else:
         examination.note("wrong", "symmetry", f"u'Hv and v'Hu differ by {asymmetry:.1e}")
-    gap = _gap(H_uv, torch.cat([Hu, Hv], dim=1))
-    if not gap <= examination.rounding:
-        what = f"columns together differ by {gap:.1e} from columns one by one"
+    apart = _gap(H_uv, torch.cat([Hu, Hv], dim=1))
+    if not apart <= examination.rounding:
+        what = f"columns together differ by {apart:.1e} from columns one by one"
         examination.note("wrong", "block products", what)
     truth, uncertainty = examination.difference(v)
     own = getattr(examination.strategy, "current", examination.strategy)
@@ -229,6 +230,7 @@ def _time(examination: Examination, strategy: HVPStrategy, v: Tensor, truth: Ten
 
 
 def _gap(x: Tensor, truth: Tensor) -> float:
+    x, truth = x.double(), truth.double()  # squares of float32's small numbers are zero
     return float((x - truth).norm() / torch.maximum(x.norm(), truth.norm()).clamp_min(TINY))
 
 

@@ -1,15 +1,22 @@
-"""Why a product is not finite: which batch, and whether the vector, the loss or a derivative."""
+"""Why a product is not finite, or zero: which batch, and whether the vector, the loss or a derivative."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
 
-from ..risk import Term
+from ..graph import backward
+from ..risk import EmpiricalRisk, Term
+from ..risk.weighing import UNREACHED
 from ..strategies import HVPStrategy, Params
-from ..strategies.base import at
+from ..strategies.authored import in_double
+from ..strategies.base import ScalarFunction, at
 from ..strategies.finite_difference import first_gradient
+from ..strategies.referee import is_smooth
 from .space import multiplier
 
 
@@ -51,3 +58,43 @@ def _in_term(
                 "it may not exist at this point (a norm or a square root at zero)"
             )
     return None
+
+
+def differences_serve(
+    terms: Iterable[Term], point: Params, state: Params, strategy: HVPStrategy, columns: Params
+) -> bool:
+    """Whether a second derivative exists wherever it comes out as not finite, though gradients are."""
+    found = False
+    for term in terms:
+        fn, args = term.function, (state, *term.data)
+        if not all(g.isfinite().all() for g in first_gradient(fn, point, args).values()):
+            return False
+        product = multiplier(columns)(strategy.linearize(fn, point, *args))
+        if all(t.isfinite().all() for t in product):
+            continue
+        found = True
+        if not _has_second_derivative(fn, point, args):
+            return False
+    return found
+
+
+def _has_second_derivative(fn: ScalarFunction, point: Params, args: tuple[Any, ...]) -> bool:
+    for place, data in (in_double((point, args)), (point, args)):
+        with suppress(Exception):  # a constant or a cast of the user's own holds on to its dtype
+            return is_smooth(partial(_gradient, fn, data), place)
+    return False
+
+
+def _gradient(fn: ScalarFunction, args: tuple[Any, ...], point: Params) -> Params:
+    return first_gradient(fn, point, args)
+
+
+def refuse_unreached(risk: EmpiricalRisk, point: Params, state: Params) -> None:
+    """Raise if ``backward()`` of no batch's loss gives a gradient to any parameter."""
+    leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
+    for term in risk.terms():
+        fn, args = term.function, (state, *term.data)
+        with torch.inference_mode(False), torch.enable_grad(), at(fn, leaves, *args):
+            if backward(fn(leaves, *args), leaves):
+                return
+    raise ValueError(UNREACHED)

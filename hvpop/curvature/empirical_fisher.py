@@ -40,8 +40,11 @@ class EmpiricalFisherOperator(Live):
 
     Notes
     -----
-    A product costs what one of Gauss-Newton's does. Of a loss that adds up its samples, under
-    ``average=TOTAL``, it is ``sum_i g_i g_i'``.
+    A product costs what one of Gauss-Newton's does. Of a loss that is more than one call of a mean of
+    torch's, each batch is evaluated once more, by parts, at every new point: to see what its samples
+    count. Of a loss that adds up its samples, under ``average=TOTAL``, it is ``sum_i g_i g_i'``; of one
+    that adds up terms and divides by samples, ``F.mse_loss(z, y, reduction="sum") / len(y)``, by term it
+    is ``sum_i g_i g_i' / N`` for N samples.
 
     Examples
     --------

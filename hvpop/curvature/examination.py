@@ -100,7 +100,7 @@ class Examination:
     def noise(self, v: Tensor) -> float:
         """What rounding makes of a product, relative: how far those at two nearest points differ."""
         near = [replace(self, point=nudged(self.point, seed)) for seed in (3, 4)]
-        one, other = (examination.products(self.strategy, v)[0] for examination in near)
+        one, other = (examination.products(self.strategy, v)[0].double() for examination in near)
         return float((other - one).norm() / one.norm().clamp_min(1e-300))
 
     def probe(self, seed: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from functools import reduce
 from numbers import Integral
@@ -25,6 +26,9 @@ from ..strategies.through_outputs import ThroughOutputs, Times
 from .live import Live
 from .rows import SecondMoment
 from .space import multiplier, to_point
+
+Sums = tuple[Tensor, float]
+"""A sum over batches, and that of their weights."""
 
 
 class FisherOperator(Live):
@@ -116,6 +120,12 @@ class FisherOperator(Live):
         ValueError
             If less than two targets are drawn: one has no spread.
         """
+        return self.sampling_error_over(v, lambda work: [work()])
+
+    def sampling_error_over(
+        self, v: Any, collect: Callable[[Callable[[], Sums]], list[Sums]]
+    ) -> Any:
+        """`sampling_error` of data that several processes hold, whose sums are collected."""
         samples = self.samples or 0
         if samples < 2:
             raise ValueError(
@@ -127,11 +137,14 @@ class FisherOperator(Live):
             raise ValueError(
                 f"{self!r} expects shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(V.shape)}"
             )
-        error = guarded(lambda: self._spread(V.reshape(len(V), -1), samples)).reshape(V.shape[1:])
+        found = collect(lambda: guarded(lambda: self._spread(V.reshape(len(V), -1), samples)))
+        variance = torch.stack([one for one, _ in found]).sum(0).to(self.device)
+        weight = sum(one for _, one in found) if self.risk.average.normalized else 1.0
+        error = (variance.sqrt() / weight).reshape(V.shape[1:])
         return error.cpu().numpy() if numpy else error
 
-    def _spread(self, V: Tensor, samples: int) -> Tensor:
-        """The standard errors of the forms of some columns, ``(k,)``."""
+    def _spread(self, V: Tensor, samples: int) -> Sums:
+        """The variances of the forms of some columns, ``(k,)``, not divided by the square of the weight."""
         draws, (risk, point, state) = _Draws(samples, self._seed), self._place()
         multiply = multiplier(to_point(V, self.layout, point))
         total, weight = torch.zeros(V.shape[1], dtype=torch.float64, device=V.device), 0.0
@@ -145,7 +158,7 @@ class FisherOperator(Live):
                 spread = forms.double().var(1) / samples  # (k, terms)
                 total += term.weight**2 * (made.rows.shares.double().square() * spread).sum(1)
                 weight += term.weight
-        return total.sqrt() / (weight if risk.average.normalized else 1.0)
+        return total.cpu(), weight
 
     def _kind(self) -> str:
         return "" if self.samples is None else f"(samples={self.samples})"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..operators.base import Memory
 from ..risk import EmpiricalRisk
 from ..risk.merging import concatenated, stacked
 from ..risk.modules import Selection
+from ..risk.outside import Outside
 from ..strategies import FirstThatWorks, HVPStrategy, NoSecondDerivativeError, Params
 from ..strategies.base import grad_enabled, out_of_memory
 from ..strategies.fallback import settled
@@ -99,6 +101,8 @@ class Linearized(DataAverage):
         self._live_risk = risk
         self._fingerprint = risk.fingerprint()
         self._tracer = tracer
+        self._outside: Outside | None = self.risk.outside()
+        self._loss: float | None = None  # of the first batch, where products evaluate it again
         with torch.inference_mode(False):
             self._point = {n: p.detach().clone().requires_grad_() for n, p in point.items()}
             self._state = {name: t.detach().clone() for name, t in state.items()}
@@ -108,6 +112,7 @@ class Linearized(DataAverage):
         return f"Linearized{self._name}"
 
     def _place(self) -> Place:
+        self._refuse_another_matrix()
         return Place(self.risk, self._point, self._state)
 
     def restricted(self, params: Selection) -> Linearized:
@@ -126,10 +131,17 @@ class Linearized(DataAverage):
             self._preparation = None  # its maps are those of the strategy that failed
         return super().strategies_left(count)
 
+    def _uses(self, count: int | None = None) -> int:
+        if count is not None:
+            self._products = count
+            if count < TRACE_AFTER and self._preparation is not None and self._preparation.traced:
+                self._preparation = None
+        return self._products
+
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can be neither copied nor pickled; a copy prepares anew. SciPy has state of its own.
         state: dict[str, Any] = super().__getstate__()
-        return state | {"_preparation": None}
+        return state | {"_preparation": None, "_outside": None, "_loss": None}
 
     def is_current(self) -> bool:
         return self._live_risk.fingerprint() == self._fingerprint
@@ -152,10 +164,37 @@ class Linearized(DataAverage):
         )
 
     def _summed(self, V: Tensor) -> WeightedSum:
-        self._trace_when_used(self._prepared())
+        prepared = self._prepared()
+        if not prepared.is_self_contained():
+            self._refuse_another_matrix()
+            prepared.refuse_written()
+        self._trace_when_used(prepared)
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self._around():
             return self._attempt(columns)
+
+    def _refuse_another_matrix(self) -> None:
+        """Raise if evaluating again would be of another loss, by what no snapshot puts back.
+
+        What evaluations change themselves (counters, caches) leaves the loss as it was.
+        """
+        if self._outside is None:
+            self._outside = self.risk.outside()
+        name = self._outside.changed(but_grown=self._loss is None)
+        if name is None:
+            return
+        if self._loss is None or not isclose(self._loss, self._first_loss(), rel_tol=_SAME):
+            raise RuntimeError(_ANOTHER.format(self, name))
+        self._outside = self.risk.outside()
+
+    def _first_loss(self) -> float:
+        with (
+            grad_enabled(),
+            self.risk.place(self._point, self._state),
+            closing(self.risk.terms()) as terms,
+        ):
+            term = next(terms)
+            return float(term.function(self._point, self._state, *term.data).detach())
 
     def _around(self) -> AbstractContextManager[None]:
         """The model at the point, if a product may look at it."""
@@ -178,6 +217,7 @@ class Linearized(DataAverage):
             try:
                 return self._product(prepared, columns)
             except NoSecondDerivativeError:
+                prepared.refuse_written()
                 self._preparation = None  # its maps are those of the strategy that failed
                 raise
             except Exception as error:
@@ -202,9 +242,13 @@ class Linearized(DataAverage):
 
     def _prepared(self) -> Preparation:
         if self._preparation is None:
+            self._refuse_another_matrix()
             with grad_enabled(), self.risk.place(self._point, self._state):
                 self._preparation = settled(self.strategy, self._prepare)
             self._passes += 1
+            if self._outside and self._loss is None and not self._preparation.is_self_contained():
+                self._loss = self._first_loss()
+                self._outside = self.risk.outside()
         return self._preparation
 
     def _prepare(self) -> Preparation:
@@ -265,6 +309,14 @@ class Linearized(DataAverage):
         return total.result()
 
 
+_SAME = 1e-5
+"""Losses relatively nearer than this are of the same function: rounding differs from run to run."""
+
+_ANOTHER = (
+    "{!r}: {} has changed since linearize() was called, which is part of no module and cannot be put "
+    "back, so that evaluating the loss again would be of another matrix; call linearize() again (one "
+    "with strategy=None and the memory to keep its maps evaluates it once, for the first product)"
+)
 _DISAGREES = (
     "{!r}: batches are run one by one, because vectorized over they gave another product than by "
     "themselves"

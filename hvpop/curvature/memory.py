@@ -45,7 +45,8 @@ def budget_in_bytes(memory: Memory, device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device: of the machine's, and within this process's limits."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + in_reserve  # torch's, not given back
     known = [*_of_the_machine(), *of_control_groups(), *_of_the_process()]
     return max(0, min(known, default=4 * 2**30))  # 4 GiB: an operating system that does not say
 

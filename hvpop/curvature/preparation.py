@@ -68,6 +68,9 @@ class Preparation:
         self._keeping = True
         self._narrowed = sys.maxsize  # columns at once, since memory has run out
         self.terms, self.complete = self._hold()
+        self._versions = [
+            _versions(term) for term in self.terms
+        ]  # those not held follow in a product
         self.parts: list[Part] = []
         self.tried_tracing = self.traced = False
         self.batches = len(self.terms)  # of the data, as far as a pass has shown
@@ -123,6 +126,10 @@ class Preparation:
             count = len(self.terms)
             with closing(self._risk.terms()) as terms:
                 for term in islice(terms, count, None):
+                    if count == len(self._versions):
+                        self._versions.append(_versions(term))
+                    elif self._risk.in_memory and _versions(term) != self._versions[count]:
+                        raise RuntimeError(_WRITTEN.format(term.label))
                     count += 1
                     yield term
             self.batches = count
@@ -131,6 +138,12 @@ class Preparation:
         """Whether products are made of what is kept, and look at nothing else."""
         maps = (part.map for part in self.parts)
         return self.complete and all(linear is not None and not linear.looks for linear in maps)
+
+    def refuse_written(self) -> None:
+        """Raise if a batch that is held was written to in place since it was read."""
+        for term, before in zip(self.terms, self._versions, strict=False):
+            if _versions(term) != before:
+                raise RuntimeError(_WRITTEN.format(term.label))
 
     def release(self) -> bool:
         """Give up the last map that is kept, to make room; False if none is."""
@@ -268,6 +281,20 @@ class Preparation:
 def _bytes_held(linear: LinearMap, graph: int) -> int:
     """What a map says that it holds, or else what its graph does."""
     return int(getattr(linear, "residual_bytes", graph))
+
+
+_WRITTEN = (
+    "the data of {} has been written to in place or exchanged since linearize() was called, and is not "
+    "copied, so that the product would be of another matrix; call linearize() again, or write to a clone"
+)
+
+
+def _versions(term: Term) -> list[tuple[int, int]]:
+    """Which tensors, and what they hold; places and seeds, of integers, are made at each pass."""
+    return [
+        (id(t) if t.is_floating_point() else 0, 0 if t.is_inference() else t._version)
+        for t in tensors_in(term.data)
+    ]
 
 
 def _shape(term: Term) -> tuple[object, ...]:

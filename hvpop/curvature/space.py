@@ -39,10 +39,9 @@ class WeightedSum:
         """``sum_b w_b``."""
         return self._weight
 
-    def undivided(self) -> list[Tensor]:
-        """``sum_b w_b x_b``; empty before the first term."""
-        self._begin()
-        return self._sum
+    def undivided(self) -> tuple[list[Tensor], float]:
+        """``sum_b w_b x_b``, as tensors and a number that they are to be multiplied by."""
+        return (self._first, self._weight) if self._first else (self._sum, 1.0)
 
     def result(self) -> list[Tensor]:
         """The average, or the sum if it is not normalized."""

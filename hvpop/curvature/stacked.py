@@ -143,7 +143,7 @@ class Stacked(LinearOperator):
 
         with torch.no_grad():
             guarded(lambda: settled(self.strategy, fill))
-        return self._finite(dense)
+        return self._finite(dense, None)
 
     # -- products ---------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class Stacked(LinearOperator):
                 weight += piece.weight
             return torch.cat(found, 1).T / self._divisor(weight)
 
-        return self._finite(guarded(lambda: settled(self.strategy, product)))
+        return self._finite(guarded(lambda: settled(self.strategy, product)), V)
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         def product() -> Tensor:
@@ -177,7 +177,7 @@ class Stacked(LinearOperator):
                 weight += piece.weight
             return from_point(total, U) / self._divisor(weight)
 
-        return self._finite(guarded(lambda: settled(self.strategy, product)))
+        return self._finite(guarded(lambda: settled(self.strategy, product)), U, transposed=True)
 
     def _counted_in(self, part: Tensor, weight: float) -> Tensor:
         """What a batch adds; one that counts nothing may be no number."""
@@ -230,13 +230,23 @@ class Stacked(LinearOperator):
             )
         return Place(self.risk, point, self.risk.state())
 
-    def _finite(self, Y: Tensor) -> Tensor:
+    def _finite(self, Y: Tensor, V: Tensor | None, *, transposed: bool = False) -> Tensor:
         if not Y.isfinite().all():
-            bad = (~Y.isfinite()).any(1).nonzero()
+            row = int((~Y.isfinite()).any(1).nonzero()[0])
             raise FloatingPointError(
-                f"{self!r}: the product is not finite, first in row {int(bad[0])}"
+                f"{self!r}: the product is not finite{self._culprit(row, V, transposed)}"
             )
         return Y
+
+    def _culprit(self, row: int, V: Tensor | None, transposed: bool) -> str:
+        if V is not None and not V.isfinite().all():
+            return "; the vector it multiplies is not"
+        for name, parameter in self.risk.parameters().items():
+            if not parameter.isfinite().all():
+                return f"; parameter {name} is not"
+        if transposed:
+            return "; parameters and vector are: look for non-finite numbers in the data"
+        return f", first in row {row}: look at that sample, as parameters and vector are finite"
 
     # -- life cycle -------------------------------------------------------------------------------
 

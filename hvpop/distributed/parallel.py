@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from ..curvature.average import DataAverage
 from ..curvature.blocks import between
+from ..curvature.findings import CheckResult, Finding
+from ..curvature.fisher import FisherOperator, Sums
 from ..curvature.linearized import Linearized
 from ..curvature.memory import FREE_FRACTION, free_memory
 from ..curvature.space import from_point
+from ..curvature.stacked import Stacked
 from ..exchange import guarded
 from ..operators import BatchForms, Layout, LinearOperator
 from ..operators.base import Memory
@@ -80,6 +83,13 @@ class DataParallel(LinearOperator):
     _fresh = True
 
     def __init__(self, A: DataAverage, team: Team | None = None) -> None:
+        if isinstance(A, Stacked):
+            raise TypeError(
+                f"DataParallel expects an average over data, got {A!r}, whose rows belong to the data of each "
+                "process: multiply by its own rows there, A @ v, add up what their transposes give, "
+                "torch.distributed.all_reduce(A.T @ u), or take the average that they make, "
+                "DataParallel(EmpiricalFisherOperator(...)) for gradients, GaussNewtonOperator for Jacobians"
+            )
         if not isinstance(A, DataAverage) or isinstance(A, Linearized):
             raise TypeError(
                 "DataParallel expects a live average over data (HessianOperator, "
@@ -177,11 +187,10 @@ class DataParallel(LinearOperator):
     def _served(self, k: int) -> None:
         """A product for rank 0, which has the vectors."""
         dtype = working_dtype(self.torch_dtype)
-        self._driven(torch.empty(self.shape[1], k, dtype=dtype, device=self.device))
+        self._driven(torch.empty(k, self.shape[1], dtype=dtype, device=self.device).T)
 
     def _driven(self, V: Tensor) -> Tensor:
-        V = V.contiguous()
-        self.team.share(V, 0)
+        V = self.team.share(V.T.contiguous(), 0).T
         return guarded(lambda: self._product(V, at=0))
 
     def _together(self, name: str, *args: Any) -> None:
@@ -212,11 +221,12 @@ class DataParallel(LinearOperator):
                 break
             left = team.smallest(torch.tensor([A.strategies_left()], device=self.device))
             A.strategies_left(int(left))  # what failed on one process serves on none
-        Y = team.add_up(local.Y) if at is None else team.add_up_at(local.Y, at)
+        Y = local.Y  # the other way round in one piece of memory
+        if (share := local.factor / (header["weight"] if A.risk.average.normalized else 1)) != 1:
+            Y *= share
+        team.add_up(Y.T) if at is None else team.add_up_at(Y.T, at)
         if header["said"]:
             self._warn(local.said)
-        if A.risk.average.normalized:
-            Y /= header["weight"]
         if at in (None, team.rank) and not bool(Y.sum().isfinite()) and not Y.isfinite().all():
             raise FloatingPointError(f"{self!r}: the sum over the processes overflows")
         return Y
@@ -233,12 +243,13 @@ class DataParallel(LinearOperator):
                 except NoDataError:
                     pass  # others have some
                 else:
-                    Y = A.examined(from_point(total.undivided(), V), V)
-                    local.Y, local.weight, local.data = Y.contiguous(), total.weight, True
+                    tensors, local.factor = total.undivided()
+                    local.Y = A.examined(from_point(tensors, V), V)
+                    local.weight, local.data = total.weight, True
                 if not self._looked:
                     local.first = A.risk.first_batch()
             if not local.data:
-                local.Y = torch.zeros_like(V, memory_format=torch.contiguous_format)
+                local.Y = torch.zeros_like(V.T, memory_format=torch.contiguous_format).T
         except BaseException as error:
             local.error = error
             self.team.say("error", words(error))
@@ -352,6 +363,49 @@ class DataParallel(LinearOperator):
                 raise RemoteError(rank, f"rank {rank} of {self.team.size}: {complaint}") from failed
         return [result for result, _ in said]
 
+    def check(self, batches: int | None = 1) -> CheckResult:
+        """What the operator inside finds on the first batches of each process; the same on all.
+
+        Findings that only some processes have say on which.
+        """
+        if self.team.size == 1:
+            return self.source.check(batches)
+        self._together("check", batches)
+        said = self._agreed(lambda: self._checked(batches))
+        on: dict[tuple[str, ...], tuple[Finding, list[int]]] = {}
+        for rank, result in enumerate(said):
+            for one in () if result is None else result.findings:
+                numbers = one.level == "ok"  # its words hold numbers, which may differ
+                key = (one.level, one.what) if numbers else (one.level, one.what, one.detail)
+                on.setdefault(key, (one, []))[1].append(rank)
+        found = [result for result in said if result is not None]
+        if not found:
+            raise NoDataError(f"{self!r}: no process has a batch that counts; pass each its shard")
+        findings = [
+            one if len(ranks) == len(found) else replace(one, detail=f"{one.detail} ({_on(ranks)})")
+            for one, ranks in on.values()
+        ]
+        return CheckResult(tuple(findings), found[0].timings)
+
+    def _checked(self, batches: int | None) -> CheckResult | None:
+        """That of this process; None without data."""
+        try:
+            with closing(self.source.risk.terms()) as terms:
+                next(terms)
+        except NoDataError:
+            return None
+        return self.source.check(batches)
+
+    def sampling_error(self, v: Any) -> Any:
+        """That of a `FisherOperator` with draws, for the data of all processes."""
+        if not isinstance(self.source, FisherOperator):
+            raise TypeError(
+                f"{self!r} draws no targets; expected a live FisherOperator(..., samples=2 or more)"
+            )
+        source: FisherOperator = self.source
+        self._together("sampling_error", v)
+        return source.sampling_error_over(v, lambda work: self._agreed(lambda: _sums(work, v)))
+
     @property
     def layout(self) -> Layout:
         return self.source.layout
@@ -370,6 +424,11 @@ class DataParallel(LinearOperator):
     def is_current(self) -> bool:
         self._together("is_current")
         return all(self.team.everyone(self.source.is_current()))
+
+    def _uses(self, count: int | None = None) -> int:
+        if count is not None:
+            self._together("_uses", count)
+        return self.source._uses(count)
 
     def _linearized(self, memory: Memory, done: dict[int, LinearOperator]) -> LinearOperator:
         if id(self) not in done:
@@ -409,6 +468,7 @@ class _Local:
     """What one process has to add to a product."""
 
     Y: Tensor  # (n, k)
+    factor: float = 1.0  # by which Y is to be multiplied
     weight: float = 0.0
     data: bool = False
     error: BaseException | None = None
@@ -425,6 +485,18 @@ _SAME = {
     "point": "parameters or buffers are no longer the same on all processes; broadcast them from one, "
     "torch.distributed.broadcast(t, 0) for each, and look for what changed them on one alone",
 }
+
+
+def _sums(work: Callable[[], Sums], v: Any) -> Sums:
+    """What a process adds; zeros without data."""
+    try:
+        return work()
+    except NoDataError:
+        return torch.zeros(v.shape[1] if v.ndim == 2 else 1, dtype=torch.float64), 0.0
+
+
+def _on(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _refuse_collectives(model: nn.Module) -> None:

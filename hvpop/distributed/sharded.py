@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, Space
+from ..operators import BatchForms, LinearOperator, Space
 from ..operators.algebra import Composite
 from ..operators.crossing import working_dtype
 from .team import Team, init
@@ -72,8 +72,13 @@ class Sharded(Composite):
     def held(self) -> tuple[int, int]:
         return self._space.n, self._space.n
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return self._space.own(self.parts[0]._apply(self._space.whole(V)))
+
+    def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
+        return self.parts[0]._batch_forms(self._space.whole(V), batches)
 
 
 class SharedSpace(Space):
@@ -115,10 +120,34 @@ class SharedSpace(Space):
         return V[self._rows].T.clone(memory_format=torch.contiguous_format).T
 
     def whole(self, V: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return self._told_by_each(V)
         part = V.new_zeros(V.shape[1], self._most)
         part[:, : V.shape[0]] = V.T
         parts = self._team.side_by_side(part)  # (size, k, most)
         return parts.transpose(0, 1).reshape(V.shape[1], -1)[:, : self.order].T
+
+    def _told_by_each(self, V: Tensor) -> Tensor:
+        """`whole`, piece by piece into its place: of what it gathers gloo makes a copy for each of its threads."""
+        rows = V.new_empty(V.shape[1], self.order)
+        rows[:, self._rows] = V.T
+        for row in rows:
+            for rank, piece in enumerate(row.split(self._most)):
+                self._team.share(piece, rank)
+        return rows.T
+
+    # -- what processes say -----------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return bool(self._team.rank == 0)
+
+    def told(self, thing: Any = None) -> Any:
+        found = self._team.command(thing)
+        return thing if self.leads else found
+
+    def given(self, v: Tensor) -> Tensor:
+        return self._team.share(v, 0)
 
     # -- sums -------------------------------------------------------------------------------------
 

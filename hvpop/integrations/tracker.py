@@ -44,7 +44,8 @@ class Tracker:
     -----
     Training goes on as if nothing had been measured, to the last bit: products leave parameters,
     buffers, gradients, modes and random states as they are. A search starts from the last one's
-    eigenvectors, which takes a fraction of the products while the model changes slowly.
+    eigenvectors, which takes a fraction of the products while the model changes slowly. Ctrl-C ends the
+    training as it would without: a measurement that it cuts short is dropped.
 
     Memory: the ``k`` eigenvectors between calls; those of `eigsh` and `trace` during one.
 
@@ -90,6 +91,7 @@ class Tracker:
         A = self.H.linearize()
         common: dict[str, Any] = {"max_products": self.max_products, "seed": self.seed}
         top = eigsh(A, self.k, self.which, v0=self._vectors, rtol=self.rtol, **common)
+        _go_on(top.status)
         self._vectors = top.eigenvectors
         found = {
             f"{PREFIX}eigenvalue_{i}": value
@@ -99,13 +101,21 @@ class Tracker:
         products = top.products
         if self.trace:
             estimate = trace(A, rtol=self.rtol, **common)
+            _go_on(estimate.status)
             found[f"{PREFIX}trace"] = estimate.value
             found[f"{PREFIX}trace_error"] = estimate.standard_error
             products += estimate.products
         if self.density_every is not None and len(self.history) % self.density_every == 0:
             density = spectral_density(A, **common)
+            _go_on(density.status)
             self.densities.append((at, density))
             products += density.products
         found[f"{PREFIX}products"] = float(products)
         self.history.append((at, found))
         return found
+
+
+def _go_on(status: str) -> None:
+    """Ctrl-C is meant for the training: an estimate keeps what there is, and would swallow it."""
+    if status == "interrupted":
+        raise KeyboardInterrupt

@@ -69,6 +69,8 @@ class Sum(Composite):
                 raise ValueError(f"a sum needs equal shapes, got {terms[0]!r} and {term!r}")
         super().__init__(terms, terms[0].shape, symmetric=all(t.symmetric for t in terms))
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return self._gathered([(part, part._apply) for part in self.parts], V)
 
@@ -98,7 +100,7 @@ class Sum(Composite):
         if forms is None:
             return None
         others = (part for part in self.parts if part is not of_data[0])
-        return reduce(BatchForms.shifted, ((V * B._apply(V)).sum(0) for B in others), forms)
+        return reduce(BatchForms.shifted, (self.space.dots(V, B._apply(V)) for B in others), forms)
 
 
 class Product(Composite):
@@ -115,6 +117,8 @@ class Product(Composite):
                 raise ValueError(f"a product needs matching shapes, got {left!r} @ {right!r}")
         mirrored = all(_are_transposes(a, b) for a, b in zip(factors, factors[::-1], strict=True))
         super().__init__(factors, (factors[0].shape[0], factors[-1].shape[1]), symmetric=mirrored)
+
+    _by_parts = True
 
     def _apply(self, V: Tensor) -> Tensor:
         return reduce(lambda W, part: part._apply(W), reversed(self.parts), V)
@@ -134,6 +138,8 @@ class Scaled(Composite):
     def __init__(self, scale: float, A: LinearOperator) -> None:
         super().__init__((A,), A.shape, symmetric=A.symmetric)
         self.scale = scale
+
+    _by_parts = True
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.scale * self.parts[0]._apply(V)
@@ -163,6 +169,8 @@ class Power(Composite):
         super().__init__((A,), A.shape, symmetric=A.symmetric)
         self.power = int(power)
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return reduce(lambda W, _: self.parts[0]._apply(W), range(self.power), V)
 
@@ -178,6 +186,8 @@ class Transposed(Composite):
 
     def __init__(self, A: LinearOperator) -> None:
         super().__init__((A,), (A.shape[1], A.shape[0]), symmetric=A.symmetric)
+
+    _by_parts = True
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.parts[0]._apply_transpose(V)

@@ -53,14 +53,19 @@ def _wrapped(A: Any) -> str:
             f"{got}; wrap an operator of SciPy, hvpop.FromFunction(lambda V: "
             "torch.as_tensor(A @ V.cpu().numpy()), A.shape, symmetric=True)"
         )
+    if isinstance(A, torch.nn.Module):
+        return f"{got}; make an operator of the model, HessianOperator(model, loss, data)"
     return f"{got}; wrap a matrix in hvpop.Dense(matrix, symmetric=True)"
 
 
 def counts(who: str, least: int = 1, **given: Any) -> None:
     """Refuse what is not an integer, or less than ``least``; None passes."""
+    required(who, least, **{name: count for name, count in given.items() if count is not None})
+
+
+def required(who: str, least: int = 1, **given: Any) -> None:
+    """Refuse what is not an integer, or less than ``least``."""
     for name, count in given.items():
-        if count is None:
-            continue
         if isinstance(count, bool) or not isinstance(count, Integral):
             raise TypeError(f"{who} expects {name} as an integer, got {name}={count!r:.60}")
         if count < least:

@@ -81,6 +81,9 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
     _fresh = False
     """Said beside ``_apply``: its results are new memory, that a sum may be gathered in."""
 
+    _by_parts = False
+    """Said beside ``_apply``: the parts and the numbers among the attributes tell the matrix."""
+
     def _apply(self, V: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not implement _apply(V)")
 
@@ -99,6 +102,13 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         """See `batch_forms`; implemented by what averages over data."""
         return None
 
+    def _uses(self, count: int | None = None) -> int:
+        """How many products were made, if that decides how the next are; ``count`` from now on, if given.
+
+        A computation that is resumed goes on with the bits that it would have had.
+        """
+        return 0
+
     def _gives_fresh(self) -> bool:
         """Whether the classes that implement the hooks say that their results are `_fresh`.
 
@@ -108,7 +118,12 @@ class LinearOperator(scipy.sparse.linalg.LinearOperator):  # type: ignore[misc]
         owners = [
             next(k for k in order if hook in vars(k)) for hook in ("_apply", "_apply_transpose")
         ]
-        return all(vars(k).get("_fresh", k is LinearOperator) for k in owners)
+        return all(k is LinearOperator or vars(k).get("_fresh", False) for k in owners)
+
+    def _is_by_parts(self) -> bool:
+        """Whether the class that implements `_apply` says so: one of a user's may hold more."""
+        owner = next(kind for kind in type(self).__mro__ if "_apply" in vars(kind))
+        return bool(vars(owner).get("_by_parts", False))
 
     def _averages_data(self) -> bool:
         """Whether this matrix, or any that it is made of, averages over data."""

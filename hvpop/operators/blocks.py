@@ -31,6 +31,8 @@ class BlockDiagonal(Composite):
         shape = (sum(part.shape[0] for part in parts), sum(part.shape[1] for part in parts))
         super().__init__(parts, shape, symmetric=all(part.symmetric for part in parts))
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         pieces = torch.split(V, [part.shape[1] for part in self.parts])
         return torch.cat([part._apply(v) for part, v in zip(self.parts, pieces, strict=True)])

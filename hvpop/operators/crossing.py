@@ -190,7 +190,8 @@ def _numbers(who: object, values: Any, kinds: str) -> NDArrayAny:
     array = np.asarray(values)
     if array.dtype.kind not in kinds:
         raise TypeError(
-            f"{_named(who)} expects real numbers, got {values!r:.80} (dtype {array.dtype})"
+            f"{_named(who)} expects real numbers, got {values!r:.80} (dtype {array.dtype}); give a "
+            "tensor, or an array of floats, such as numpy.asarray(x, dtype=float)"
         )
     return array
 
@@ -208,12 +209,19 @@ def _from_numpy(array: NDArrayAny, dtype: Any) -> Tensor:
 def _check_kind(A: LinearOperator, x: Tensor) -> None:
     if x.dtype is not A.torch_dtype and x.dtype is not working_dtype(A.torch_dtype):
         raise TypeError(
-            f"{A!r} expects dtype {A.torch_dtype}, got {x.dtype}; use x.to(A.torch_dtype)"
+            f"{A!r} expects dtype {A.torch_dtype}, got {x.dtype}; {into('x', x, 'A.torch_dtype')}"
         )
     if x.device != A.device:
         raise ValueError(f"{A!r} expects device {A.device}, got {x.device}; use x.to(A.device)")
     if x.layout is not torch.strided:
         raise TypeError(f"{A!r} expects a dense tensor, got {x.layout}; use x.to_dense()")
+
+
+def into(name: str, x: Tensor, dtype: str) -> str:
+    """How a tensor of another dtype is to be given, in words; a complex one would lose its half."""
+    if x.is_complex():
+        return f"{name} has two real columns, torch.view_as_real({name}).to({dtype})"
+    return f"use {name}.to({dtype})"
 
 
 def _check_shape(A: LinearOperator, shape: tuple[int, ...], n: int, columns: bool) -> None:

@@ -46,6 +46,8 @@ class Damped(Composite):
     tensor([3., 2.])
     """
 
+    _fresh = True
+
     def __init__(
         self, A: LinearOperator, damping: float | Tensor | NDArrayAny | Mapping[str, float] = 0.0
     ) -> None:
@@ -64,6 +66,8 @@ class Damped(Composite):
         """``D V`` for columns ``(n, k)``; override for a rule of your own."""
         return self._damping.to(V.dtype) * V
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return self._added(self.operator._apply(V), V)
 
@@ -80,7 +84,11 @@ class Damped(Composite):
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.operator._batch_forms(V, batches)
-        return None if forms is None else forms.shifted((V * self.damping(V)).sum(0))
+        return (
+            None
+            if forms is None
+            else forms.shifted(self.space.dots(V, self.damping(V).expand_as(V)))
+        )
 
 
 def _column(

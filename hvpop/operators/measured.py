@@ -53,6 +53,8 @@ class Measured(Composite):
     def unit(self, unit: float) -> None:
         self._unit[0] = unit
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         Y = self._in_units(self.parts[0], V)
         if self.taken is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,19 @@ class Space:
         """Whole vectors ``(N, k)`` from the parts of them that are held here and elsewhere."""
         return V
 
+    # -- what processes say, where vectors are held by several -------------------------------------
+
+    leads = True
+    """Whether this process is the one that writes files."""
+
+    def told(self, thing: Any = None) -> Any:
+        """What the process that leads says, on all of them."""
+        return thing
+
+    def given(self, v: Tensor) -> Tensor:
+        """The tensor of the process that leads, in the memory of ``v``, on all of them."""
+        return v
+
     # -- sums -------------------------------------------------------------------------------------
 
     def inner(self, X: Tensor, Y: Tensor) -> Tensor:
@@ -130,7 +144,9 @@ class Space:
         update vectors in, piece by piece, that are then read while they are still in the cache.
         """
         self._require_own(*(V for pair in pairs for V in pair))
-        if self.dtype is torch.float32 and self._is_long(pairs[0][0].shape[1]):
+        # short columns, however many: one by one they cost more than a copy in float64
+        narrow = self.dtype is torch.float32 and self.n > _SHORT // 4
+        if narrow and self._is_long(pairs[0][0].shape[1]):
             totals = self._short_dots(pairs, first)
             if all(map(_in_range, totals)):
                 return totals

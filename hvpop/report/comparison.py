@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import hypot, inf
 from typing import Any
 
+from .ranks import ranks
+
 ROUNDING = 1e-6
 """Relative, what float32 may make of equal numbers; of a share, absolute."""
 
@@ -81,7 +83,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     """Which numbers of two analyses (`Analysis.as_dict`) differ by more than their errors.
 
     An eigenvalue's error is its residual, with twice the error of the data where that is known; an
-    estimate's the half-width of its 95 % interval.
+    estimate's the half-width of its 95 % interval. Eigenvalues are compared by their rank from the end
+    of the spectrum that they were searched from, so that analyses may differ in ``k`` and ``which``.
 
     Examples
     --------
@@ -91,7 +94,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     >>> d = torch.arange(1.0, 51.0).double()
     >>> one, two = (analyze(Diagonal(x), k=1, parts=["eigenvalues"]).as_dict() for x in (d, d + 1))
     >>> [row.name for row in compare(one, two).differing]
-    ['eigenvalue 1', 'eigenvalue 2']
+    ['eigenvalue 1', 'eigenvalue 1 from below']
     """
     for name, given in (("a", a), ("b", b)):
         if given.get("format") != 1:
@@ -113,10 +116,10 @@ def _numbers(given: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float
     found = given.get("eigenvalues")
     if found:
         data = found["data_errors"] or [0.0] * len(found["residuals"])
-        for i, (value, residual, error) in enumerate(
-            zip(found["eigenvalues"], found["residuals"], data, strict=True), 1
-        ):
-            yield f"eigenvalue {i}", (value, residual + 2 * error)
+        values = found["eigenvalues"]
+        columns = ranks(values, given["which"]), values, found["residuals"], data
+        for rank, value, residual, error in reversed(list(zip(*columns, strict=True))):
+            yield f"eigenvalue {rank}", (value, residual + 2 * error)
     for key, name in (("trace", "trace"), ("norm", "Frobenius norm")):
         estimate = given.get(key)
         if estimate:

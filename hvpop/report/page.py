@@ -8,6 +8,7 @@ from typing import Any
 from ..curvature.cost import in_bytes, in_time
 from .analysis import PARTS, Analysis
 from .charts import Chart, density_chart
+from .ranks import ranks
 
 
 def render(analysis: Analysis, *, command: str = "") -> str:
@@ -60,6 +61,7 @@ def render(analysis: Analysis, *, command: str = "") -> str:
         cards=_cards(analysis),
         parts=[part for part in PARTS if part in analysis.seconds],
         command=command,
+        ranks=ranks,
     )
 
 

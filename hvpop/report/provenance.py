@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from .._torch import content
 from ..operators import LinearOperator
 from ..risk import EmpiricalRisk
 from ..risk.batches import tensors_in
@@ -44,5 +45,5 @@ def digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
         hashed.update(repr((dense.dtype, tuple(dense.shape))).encode())
-        hashed.update(dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hashed.update(content(dense.cpu().contiguous()))
     return hashed.hexdigest()

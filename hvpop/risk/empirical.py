@@ -16,6 +16,7 @@ from .fingerprint import Fingerprint
 from .function import LossFunction, Tensors, Total
 from .losses import BatchLoss, Loss, device_of, supervised
 from .modules import Inventory, Selection, kept, unwrapped
+from .outside import Outside
 from .randomness import checked_seed, seed_tensor
 from .samples import Positioned
 from .weighing import Place, Weigher
@@ -296,6 +297,10 @@ class EmpiricalRisk:
         now = Description(self._roots, self.batch_loss)
         tensors = now.inventory.parameters | now.inventory.buffers
         return Fingerprint.of(tensors), now.settings()
+
+    def outside(self) -> Outside:
+        """What the loss depends on that `frozen` cannot keep as it is."""
+        return Outside(self.function.now)
 
     def frozen(self) -> EmpiricalRisk:
         """The same functions with every setting of model and loss as it is now.

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import content
+
 Normaliser = Callable[[Tensor], float]
 """Targets of a batch -> what the loss divides by."""
 
@@ -89,7 +91,9 @@ def _counted_classes(weight: Tensor | None, ignored: int | None, targets: Tensor
         and targets.dtype is torch.int64
         and targets.is_cpu
     ):
-        array = targets.numpy()  # counts at a fifth of torch's cost
+        array = np.frombuffer(
+            content(targets.contiguous()), np.int64
+        )  # counts at a fifth of torch's cost
         if ignored is None or (ignored < 0 and array.size and array.item(array.argmin()) >= 0):
             return float(array.size)
         return float(np.count_nonzero(array != ignored))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dis
+import functools
+import sys
+import sysconfig
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from typing import Any
@@ -12,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._torch import content
 from .randomness import is_generator
 
 _LONG = 1000
@@ -56,7 +63,8 @@ def settings_of(*things: Any) -> Any:
 
     It is of the values of scalars, arrays and small tensors, of containers and objects that hold
     them, however deep, of the attributes of the user's classes, and of what a function closes over,
-    has as defaults or reads of its module's data. Parameters and buffers are left out.
+    has as defaults or reads of its module's data, itself or by the user's functions that it calls.
+    Parameters and buffers are left out.
     """
     walk = _Walk()
     return [walk.described(thing) for thing in things]
@@ -83,8 +91,8 @@ class _Walk:
         return found
 
     def _within(self, thing: Any) -> Any:
-        if isinstance(thing, type) and not _is_torchs(thing):
-            return _Same(thing), self._named(_data_of(thing))
+        if isinstance(thing, type) and not is_torchs(thing):
+            return _Same(thing), self._named(data_of(thing))
         if isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter):
             return _Same(thing), *_tensor(thing)
         if isinstance(thing, np.ndarray | np.generic):
@@ -95,7 +103,9 @@ class _Walk:
             return _Same(thing), self._named(_read_by(thing))
         if isinstance(thing, types.MethodType):
             return self.described(thing.__func__), self.described(thing.__self__)
-        if isinstance(thing, list | tuple | Mapping | Set) and len(thing) <= _LONG:
+        if isinstance(thing, functools.partial):
+            return type(thing), self.described((thing.func, thing.args, thing.keywords))
+        if isinstance(thing, list | tuple | deque | Mapping | Set) and len(thing) <= _LONG:
             return type(thing), self._items(thing)
         if type(thing).__module__.startswith("hvpop.") and not hasattr(thing, "loss"):
             return _Same(thing)  # operators and risks are no settings of a loss that holds them
@@ -112,17 +122,24 @@ class _Walk:
         return [(name, self.described(value)) for name, value in values]
 
 
-def _is_torchs(kind: type) -> bool:
+def is_torchs(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("torch", "builtins", "collections", "hvpop")
 
 
-def _data_of(kind: type) -> Iterator[tuple[str, Any]]:
-    """The attributes of a class of the user's, and of its bases, that are data."""
+def data_of(kind: type) -> Iterator[tuple[str, Any]]:
+    """The attributes of a class of the user's, and of its bases, that are data, or read some."""
     for base in kind.__mro__:
-        if _is_torchs(base):
+        if is_torchs(base):
             continue
+        users = is_users(base.__module__)
         for name, value in vars(base).items():
-            if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
+            function = value.fget if isinstance(value, property) else value
+            function = getattr(function, "__func__", function)
+            if users and isinstance(function, types.FunctionType):
+                yield name, function
+            elif (
+                not name.startswith("__") and not callable(value) and not hasattr(value, "__get__")
+            ):
                 yield name, value
 
 
@@ -149,15 +166,47 @@ def _read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
     yield "defaults", (function.__defaults__, function.__kwdefaults__)
     yield from getattr(function, "__dict__", {}).items()
-    for name in function.__code__.co_names:
+    yield from globals_read_by(function)
+
+
+def globals_read_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The data of its module that a function may read, and the user's functions and classes there."""
+    for name in _names(function.__code__):
         value = function.__globals__.get(name)
-        if isinstance(value, (*_SCALARS, list, tuple, Mapping, Set, np.ndarray)):
+        kind = value if isinstance(value, types.FunctionType | type) else type(value)
+        users = is_users(kind.__module__) and not isinstance(value, nn.Module)
+        if users or isinstance(value, _PLAIN):
             yield name, value
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """What a function may read of its module, the functions inside it included."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys([*own, *(name for c in inner for name in _names(c))]))
+
+
+@functools.lru_cache(maxsize=1024)
+def is_users(module: str | None) -> bool:
+    """Whether a module is no installed one: what these hold is as their authors wrote it."""
+    top = (module or "").partition(".")[0]
+    if top in {*sys.stdlib_module_names, "hvpop", "torch"} - {"__main__"}:
+        return False
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return not file.startswith(_INSTALLED)
+
+
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")})
 
 
 def _tensor(tensor: Tensor) -> tuple[Any, ...]:
     version = 0 if tensor.is_inference() else tensor._version
-    if tensor.numel() <= _LONG and tensor.layout is torch.strided and not tensor.is_meta:
+    held = tensor.layout is torch.strided and not tensor.is_nested
+    if type(tensor) is Tensor and held and tensor.is_cpu and tensor.nbytes <= 2**20:
+        dense = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
+        return version, tensor.dtype, tensor.shape, content(dense).tobytes()
+    if tensor.numel() <= _LONG and held and not tensor.is_meta:
         with torch.no_grad():
             return version, repr(tensor.detach().tolist())
     return (version,)
@@ -165,6 +214,16 @@ def _tensor(tensor: Tensor) -> tuple[Any, ...]:
 
 def _bytes(array: Any) -> Any:
     return array.tobytes() if array.nbytes <= 2**20 else _Same(array)
+
+
+_PLAIN = (
+    *_SCALARS,
+    *(list, tuple, deque, Mapping, Set),
+    np.ndarray,
+    types.SimpleNamespace,
+    argparse.Namespace,
+)
+"""What is looked at where a function reads it of its module."""
 
 
 class Snapshot:
@@ -220,6 +279,14 @@ def _copied(thing: Any, memo: dict[int, Any]) -> Any:
         return thing.copy() if thing.nbytes <= 2**20 else thing
     if type(thing) in (list, tuple, set, frozenset) and len(thing) <= _LONG:
         return type(thing)([_own(item, memo) for item in thing])
+    if type(thing) is deque and len(thing) <= _LONG:
+        return deque([_own(item, memo) for item in thing], thing.maxlen)
+    if type(thing) is functools.partial:
+        return functools.partial(
+            thing.func,
+            *(_own(item, memo) for item in thing.args),
+            **{name: _own(item, memo) for name, item in thing.keywords.items()},
+        )
     if isinstance(thing, dict) and len(thing) <= _LONG:
         copied = copy.copy(thing)
         for key, item in thing.items():

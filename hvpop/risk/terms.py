@@ -71,6 +71,22 @@ def shares(call: Call, slope: Tensor) -> Tensor:
     return (slope * counts / counts.sum() if mean else slope * counts).detach()
 
 
+def divisor(call: Call) -> float | None:
+    """What a call divides by; None if it is no mean."""
+    given = settings(call)
+    reduction = given.get("reduction", "mean")
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return None
+    if reduction == "batchmean":
+        return float(call.input.shape[0])
+    if reduction != "mean":
+        return None
+    target = given.get("target")
+    if by_entry(call) and isinstance(target, Tensor) and given.get("weight") is None:
+        return float(torch.broadcast_shapes(call.input.shape, target.shape).numel())
+    return float(weights(call).sum())
+
+
 def by_entry(call: Call) -> bool:
     """Whether a term is one entry of what the loss is handed, and not a vector of classes."""
     return call.loss not in CLASSES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._torch import content
 from ..exchange import Exchange
+from ..graph import is_alone
 from ..interception import Table
+from ..marker import Cut, Cutting
 from .averaging import Average
 from .batches import arrays_inside
 from .divisors import DivisorWatch
@@ -22,12 +26,13 @@ from .laws import Pair, divisor
 from .losses import BatchLoss, checked_batch_loss, guesses_of, rule_of, weight_of
 from .samples import READINGS, Reading
 from .settings import settings_of
+from .terms import divisor as divisor_of
 
 Weight = Callable[[Any], float]
 """A batch -> how much it counts."""
 
 FIRST = 16
-"""So many batches are each put together with the one before; later ones at every power of two."""
+"""So many batches are each put together with the one before; later ones two by two."""
 
 SMALL = 4096
 """Bytes of an array up to which its values are looked at before each product, not only its version."""
@@ -79,27 +84,33 @@ class Weigher:
             return
         proof = self._current(model)
         previous: Any = None  # the last batch that counts, kept as long as it may be asked for
+        single: tuple[Any, Any] | None = None  # the last two, if the last was not put together
         waiting: list[Any] = []  # the first batch, until the second is there
-        asked = False
+        asked = yielded = False
         for i, (held, batch) in enumerate(batches):
             proof.several |= i > 0 or not self._alone
-            counts = _checked(proof(batch)) > 0
+            counts = _checked(proof(batch, place)) > 0
             asked = proof.asks(i, held)
-            if asked and counts and previous is not None:
-                self._prove(proof, previous, batch, place())
-            if counts or not proof.asks_after(i):
-                previous = batch if proof.asks_after(i) else None
+            if counts and previous is not None:
+                single = None if asked or not proof.changed else (previous, batch)
+                if asked:
+                    self._prove(proof, previous, batch, place(), self._unit(proof, i, yielded))
+            if counts:
+                previous = None if proof.settled else batch
             waiting.append(batch)
             if i == 0 and proof.weight is None:
                 continue
             while waiting:
                 ready = waiting.pop(0)
-                yield ready, _checked(proof(ready))
+                yielded = True
+                yield ready, _checked(proof(ready, place))
                 self.refuse()
+        if single is not None and not proof.settled:
+            self._prove(proof, *single, place())
         if waiting and asked and not self._alone:  # the others are elsewhere
             self._prove_by_parts(proof, waiting[0], place)
         for batch in waiting:
-            yield batch, _checked(proof(batch))
+            yield batch, _checked(proof(batch, place))
 
     def _prove_by_parts(self, proof: _Proof, batch: Any, place: Callable[[], Place]) -> None:
         """As for two batches, by the halves of a single one; a single sample has none."""
@@ -116,7 +127,9 @@ class Weigher:
 
     def observe(self, value: Tensor, params: dict[str, Tensor]) -> None:
         """Take note of a loss, evaluated for derivatives by ``params``."""
-        if value.requires_grad:
+        if value.requires_grad and not (
+            is_alone(value) and all(value is not p for p in params.values())
+        ):
             self._evaluated = self._reached = True
         elif torch.is_grad_enabled() and any(p.requires_grad for p in params.values()):
             self._evaluated = True
@@ -129,10 +142,7 @@ class Weigher:
     def refuse_constants(self) -> None:
         """Raise if no loss of a whole pass depended on a parameter."""
         if self._evaluated and not self._reached:
-            raise ValueError(
-                "no parameter reaches the loss: it has no graph, so its Hessian would be zero; look for "
-                "detach(), .data, .item() or torch.no_grad() in the model and the loss"
-            )
+            raise ValueError(UNREACHED)
 
     def _current(self, model: nn.Module) -> _Proof:
         """What is known of the loss as it is set now."""
@@ -142,11 +152,28 @@ class Weigher:
             self._proof = _Proof(settings, self._batch_loss, model)
         return self._proof
 
-    def _prove(self, proof: _Proof, first: Any, second: Any, place: Place) -> None:
+    def _unit(self, proof: _Proof, i: int, yielded: bool) -> str | None:
+        """What weights told by calls would be measured in, at a batch; None: they would not go with others.
+
+        Others are those in use in this pass already, which are proven as far as all were looked at,
+        and those of other processes.
+        """
+        if not self._alone:
+            return None
+        if not yielded:
+            return "its own"
+        return "as before" if proof.weight is not None and i < FIRST else None
+
+    def _prove(
+        self, proof: _Proof, first: Any, second: Any, place: Place, unit: str | None = None
+    ) -> None:
         self._proof = None  # one that fails, or is broken off, begins anew
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the loss says them again in the product
             outcome = proof.examine(first, second, place)
+            if unit and outcome in _DOUBTS and proof.counts_by_calls(first, second, place, unit):
+                outcome = "counted" if outcome == "coupled" else "mean"
+                self._watch.found, self._watch.trusted = None, True
         if outcome == "sum":
             raise ValueError(_ADDS_UP)
         self._proof = None if outcome == "divisor" else proof
@@ -157,11 +184,17 @@ class Weigher:
             raise ValueError(
                 _DIVIDES.format(self._watch.found or "something else than its number of samples")
             )
-        if outcome in _DOUBTS and not self._warned:
+        if (outcome in _DOUBTS or outcome == "counted") and not self._warned:
             self._warned = True
-            warnings.warn(_ASSUMED.format(_DOUBTS[outcome]), stacklevel=3)
+            known = outcome == "counted"
+            said = _COUNTED if known else _ASSUMED.format(_DOUBTS[outcome])
+            warnings.warn(said, stacklevel=3)
 
 
+UNREACHED = (
+    "no parameter reaches the loss: no graph leads to any, so its Hessian would be zero; look for "
+    "detach(), .data, .item() or torch.no_grad() in the model and the loss"
+)
 _ADDS_UP = (
     "the loss adds up its samples, as with reduction='sum' (that of two batches put together is the "
     "sum of theirs), which average=SAMPLES cannot turn into a mean; use a mean, or average=TOTAL for "
@@ -177,11 +210,13 @@ _ASSUMED = (
     "by something else, pass average=Average(weight=...) with a function that returns the divisor of "
     "a batch"
 )
+_COUPLED = (
+    "the loss of two batches put together is no mean of theirs, whatever their weights (samples see "
+    "each other, or several means are added), so the operator is the mean of the batches' Hessians"
+)
+_COUNTED = f"batches are weighted by what the call of their loss divides by: {_COUPLED}"
 _DOUBTS = {
-    "coupled": (
-        "the loss of two batches put together is no mean of theirs, whatever their weights (samples see "
-        "each other, or several means are added), so the operator is the mean of the batches' Hessians"
-    ),
+    "coupled": _COUPLED,
     "apart": (
         "the batches cannot be put together to see what their loss divides by (they differ in shapes or "
         "constants, or hold objects that are not known)"
@@ -197,28 +232,39 @@ class _Proof:
         self.several = False  # batches: of one the weight does not matter
         self.weight: Weight | None = None
         self._reading: Reading | None = None
-        self._settled = False  # nothing more can be told
+        self.settled = False  # nothing more can be told
         self._assumed: Weight = lambda batch: weight_of(batch_loss, model, batch)
         guesses = guesses_of(batch_loss)
         self._guesses: list[Weight] = [_given(guess, model) for guess in guesses or ()]
         self._seen: dict[int, Any] = {}
-        self._changed = False  # the batch looked at last
+        self.changed = False  # the batch looked at last
+        self._per_term: float | None = None  # the weight, if calls tell what batches divide by
 
-    def __call__(self, batch: Any) -> float:
+    def __call__(self, batch: Any, place: Callable[[], Place] | None = None) -> float:
+        if self._per_term is not None and place is not None:
+            terms = Losses(place()).divisor(batch)
+            if terms is None:
+                raise ValueError(_DIVIDES.format("what one call of torch says, and then does not"))
+            return self._per_term * terms
         return (self.weight or self._assumed)(batch)
 
-    def asks_after(self, i: int) -> bool:
-        """Whether the next batch is one to be put together with the one before."""
-        return not self._settled and (i + 1 < FIRST or i & (i + 1) == 0)
+    def counts_by_calls(self, first: Any, second: Any, place: Place, unit: str) -> bool:
+        """Whether the loss is one call of torch's, which says what it divides by; taken from now on."""
+        losses = Losses(place)
+        terms = [losses.divisor(batch) for batch in (first, second)]
+        if None in terms or not terms[0]:
+            return False
+        self._per_term = 1.0 if unit == "its own" else self(first) / terms[0]
+        return True
 
     def asks(self, i: int, held: Any) -> bool:
-        """Whether a batch is, since it or the one before was not seen yet as it is."""
-        if not self.asks_after(i - 1):
+        """Whether to put a batch together with the one before: one was not seen yet as it is."""
+        if self.settled:
             return False
-        before, look = self._changed, _look(held)
-        self._changed = self._seen.get(i) != look
+        before, look = self.changed, _look(held)
+        self.changed = self._seen.get(i) != look
         self._seen[i] = look
-        return self._changed or before
+        return (self.changed or before) and (i < FIRST or i % 2 == 1)
 
     def examine(self, first: Any, second: Any, place: Place) -> str:
         """Put two batches together: "mean", "perhaps", "sum", "divisor", or a reason to doubt.
@@ -246,6 +292,8 @@ class _Proof:
             return "nothing"
         if not verdicts:
             return self._apart(tried[-1], first, second)
+        if verdicts[0] == "unsure":
+            return self._settle("apart")
         if verdicts[0] != "neither":
             return verdicts[0]
         return self._divisor(tried[-1], first, second) or self._settle("coupled")
@@ -259,7 +307,9 @@ class _Proof:
                 continue
             for weight in self._weights(reading):
                 weights = weight(first), weight(second)
-                verdict = "neither" if min(weights) <= 0 else pair.verdict(*weights)
+                verdict: str = "neither" if min(weights) <= 0 else pair.verdict(*weights)
+                if verdict == "perhaps" and not self._assumes(weights, first, second):
+                    verdict = "unsure"  # what speaks for other weights than those at work
                 if verdict == "mean":
                     self._reading, self.weight = reading, self.weight or weight
                 if verdict in ("mean", "sum"):
@@ -273,6 +323,11 @@ class _Proof:
         if self._guesses:
             return self._guesses
         return [lambda batch: float(reading.count(batch) or self._assumed(batch))]
+
+    def _assumes(self, weights: tuple[float, float], first: Any, second: Any) -> bool:
+        """Whether two batches count in this proportion as long as nothing is proven."""
+        mine, others = weights[0] * self(second), weights[1] * self(first)
+        return abs(mine - others) <= 1e-9 * max(mine, others)
 
     def _divisor(self, losses: Losses, first: Any, second: Any) -> str | None:
         """Whether the loss is a mean with other weights, or a sum beside something constant."""
@@ -306,7 +361,7 @@ class _Proof:
         return self._settle("apart")
 
     def _settle(self, doubt: str) -> str:
-        self._settled, self.weight = True, self.weight or self._assumed
+        self.settled, self.weight = True, self.weight or self._assumed
         return doubt
 
 
@@ -342,12 +397,20 @@ class Losses:
             slack += 3 * abs(self(reading.joined(second, first)) - both)
         return Pair(*losses, slack)
 
+    def divisor(self, batch: Any) -> float | None:
+        """What the loss divides by, where the whole of it is one call of a loss function of torch's."""
+        cut = Cut(Cutting(watching=True))
+        with cut, suppress(Exception):
+            value = self._evaluated(batch)
+            return next((divisor_of(c) for c in cut.calls if c.value is value), None)
+        return None
+
     def __call__(self, batch: Any) -> float:
         if id(batch) not in self._known:
-            self._known[id(batch)] = batch, self._evaluated(batch)
+            self._known[id(batch)] = batch, float(self._evaluated(batch).detach())
         return self._known[id(batch)][1]
 
-    def _evaluated(self, batch: Any) -> float:
+    def _evaluated(self, batch: Any) -> Tensor:
         with torch.inference_mode(False), _InModes(self._modes):
             if not self._near:
                 try:
@@ -358,9 +421,9 @@ class Losses:
             with torch.enable_grad():
                 return self._value(self._point(), batch)
 
-    def _value(self, point: dict[str, Tensor], batch: Any) -> float:
+    def _value(self, point: dict[str, Tensor], batch: Any) -> Tensor:
         place = self._place
-        return float(self._function(point, place.state, batch, place.seed).detach())
+        return self._function(point, place.state, batch, place.seed)
 
     def _point(self) -> dict[str, Tensor]:
         point = self._place.point
@@ -428,9 +491,9 @@ def _glance(array: Tensor | np.ndarray) -> Any:
             return place
         if array.is_nested:
             return place
-        if array.nbytes > SMALL or array.dtype is torch.bfloat16:
+        if array.nbytes > SMALL:
             return place
-        return place, zlib.crc32(np.ascontiguousarray(array.detach().numpy()).data)
+        return place, zlib.crc32(content(array.detach().contiguous()))
     if array.nbytes > SMALL or array.dtype.hasobject:
         return id(array), array.shape
     return id(array), zlib.crc32(np.ascontiguousarray(array).data)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ..operators.checkpoint import Checkpoint, Place, digest
 from . import checks
 from .progress import Bar
 from .results import Callback, SolveResult, Status, Step, worst
@@ -21,6 +24,7 @@ def block_cg(
     max_steps: int | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    checkpoint: Place | None = None,
 ) -> SolveResult:
     """Solve ``A X = B`` for a symmetric positive definite ``A``, every column searching for all.
 
@@ -34,7 +38,7 @@ def block_cg(
         Symmetric, order n; linearized here.
     b : Tensor
         ``(n, k)``, or ``(n,)`` for a single system, where it is `cg`.
-    x0, rtol, atol, max_steps, callback, progress
+    x0, rtol, atol, max_steps, callback, progress, checkpoint
         As in `cg`. There is no preconditioner.
 
     Returns
@@ -71,29 +75,44 @@ def block_cg(
     checks.callback("block_cg", callback)
     B = checks.columns("block_cg", A, b)
     X0 = checks.start("block_cg", A, b, x0)
-    run = _Run(A.linearize(), B, X0, rtol, atol)
+    A = A.linearize()
+    file = None
+    if checkpoint is not None:
+        settings = {"b": digest(b, A.space), "x0": digest(X0, A.space)}
+        file = Checkpoint(checkpoint, "block_cg", A, settings, _VECTORS)
+    run = _Run(A, B, X0, rtol, atol, file)
     limit = 10 * A.shape[0] if max_steps is None else max_steps
     bar = Bar("block_cg", progress)
-    interrupted: Status | None = None
+    ended: Status = "max steps"
     try:
-        while not run.done() and run.steps < limit:
+        while not run.done() and run.steps < limit and ended != "interrupted":
             run.step()
             bar.update(lambda: f"residual {worst(run.error * run.size, run.target * run.size)}")
+            if file is not None and file.due_after_step():
+                file.save(run.pack())
             if checks.stopped("block_cg", callback, lambda: run.report(b)):
-                interrupted = "interrupted"
-                break
+                ended = "interrupted"
     except KeyboardInterrupt:
-        interrupted = "interrupted"
+        ended = "interrupted"
+        run.recover()
     finally:
         bar.close()
-    return run.result(b, interrupted or "max steps")
+    if file is not None and (ended != "interrupted" or not A.space.shared):
+        file.save(run.pack())
+    return run.result(b, ended)
 
 
 class _Run:
     """The iterates ``X`` and the residuals ``B - A X = Q C``, all columns in units of their size."""
 
     def __init__(
-        self, A: LinearOperator, B: Tensor, X0: Tensor | None, rtol: float, atol: float
+        self,
+        A: LinearOperator,
+        B: Tensor,
+        X0: Tensor | None,
+        rtol: float,
+        atol: float,
+        file: Checkpoint | None,
     ) -> None:
         self.A = A
         self.size = checks.sizes(B, A.space)  # (k,)
@@ -118,7 +137,34 @@ class _Run:
         self.best: Tensor  # (n, k), where the error was `least` since the last start
         self.least: Tensor  # (k,)
         self.checked: bool  # whether the error is that of true residuals
-        self._start(self.B if X0 is None else self.B - self._multiply(self.X))
+        if file is None or not self._found(file):
+            self._start(self.B if X0 is None else self.B - self._multiply(self.X))
+
+    # -- checkpoint -------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """All that steps have made, as tensors and plain values."""
+        known = {name: getattr(self, name) for name in (*_VECTORS, *_NUMBERS)}
+        return known | {"history": torch.stack(self.history)}
+
+    def _found(self, file: Checkpoint) -> bool:
+        """Whether there is a file to go on from; if so, all is as it was when that was saved."""
+        saved = file.load()
+        if saved is None:
+            return False
+        try:
+            for name in (*_VECTORS, *_NUMBERS):
+                setattr(self, name, saved[name])
+            self.history = list(saved["history"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise file.foreign() from error
+        return True
+
+    def recover(self) -> None:
+        """After a step that was cut short: what belongs together is made of ``X`` anew."""
+        self._start(self.B - self._multiply(self.X))
+
+    # -- steps ------------------------------------------------------------------------------------
 
     def done(self) -> bool:
         """Whether all columns have converged truly, or nothing more can be done."""
@@ -218,7 +264,10 @@ class _Run:
             torch.finfo(V.dtype).tiny
         )
         if not bool(growth.isfinite().all()):
-            raise FloatingPointError(f"block_cg({self.A!r}): a product is not finite")
+            raise FloatingPointError(
+                f"block_cg({self.A!r}): a product is not finite; look for non-finite entries in the "
+                "model, the data or the damping"
+            )
         self.scale = max(self.scale, float(growth.max()) if growth.numel() else 0.0)
         return Y
 
@@ -232,3 +281,9 @@ class _Run:
             self.failure, self.direction = "negative curvature", direction / length
         else:
             self.failure, self.X = "stagnated", self.best
+
+
+_VECTORS = ("X", "Q", "S", "best", "direction")
+_NUMBERS = (
+    "C", "error", "least", "true", "checked", "failure", "steps", "products", "scale",
+)  # fmt: skip

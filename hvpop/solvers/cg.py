@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
-from ..operators.measured import Measured
+from ..operators.checkpoint import Place
 from . import checks, lockstep
 from .lockstep import BREAKDOWN, GO, NEGATIVE
 from .results import Callback, SolveResult
@@ -26,6 +26,7 @@ def cg(
     max_steps: int | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    checkpoint: Place | None = None,
 ) -> SolveResult:
     """Solve ``A x = b`` for a symmetric positive definite ``A`` by conjugate gradients.
 
@@ -51,6 +52,9 @@ def cg(
         Called with a `Step` after each step; returning True ends the run.
     progress
         Show a progress bar.
+    checkpoint : path, optional
+        Save there from time to time and at the end; if the file exists, go on from it, to the same bits
+        as without a stop. Tolerances and ``max_steps`` may be others than before.
 
     Returns
     -------
@@ -107,6 +111,7 @@ def cg(
         max_steps=10 * A.shape[0] if max_steps is None else max_steps,
         callback=callback,
         progress=progress,
+        checkpoint=checkpoint,
     )
 
 
@@ -120,11 +125,8 @@ class _State(lockstep.State):
 
 
 class _ConjugateGradients(lockstep.Recurrence[_State]):
-    who = "cg"
-
-    def __init__(self, A: LinearOperator, M: LinearOperator | None) -> None:
-        super().__init__(A)
-        self.M = None if M is None else Measured(f"{self.who}'s preconditioner", M)
+    who, state_type = "cg", _State
+    vectors = ("X", "R", "P")
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)

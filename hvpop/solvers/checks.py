@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, Space, arguments
-from ..operators.crossing import working_dtype
+from ..operators.crossing import into, working_dtype
 from .results import Callback, Step
 
 
@@ -30,7 +30,7 @@ def columns(
     dtype = working_dtype(A.torch_dtype)
     if b.dtype not in (A.torch_dtype, dtype):
         raise TypeError(
-            f"{who}({A!r}) expects {name} of dtype {dtype}, got {b.dtype}; use .to({dtype})"
+            f"{who}({A!r}) expects {name} of dtype {dtype}, got {b.dtype}; {into(name, b, str(dtype))}"
         )
     if b.device != A.device:
         raise ValueError(

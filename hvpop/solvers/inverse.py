@@ -73,6 +73,8 @@ class Inverse(Composite):
             )
         return -float(logdet(self.operator))
 
+    _by_parts = True
+
     def _apply(self, V: Tensor) -> Tensor:
         return self._solved(self.operator, V)
 

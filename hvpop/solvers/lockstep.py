@@ -8,14 +8,17 @@ starts again from that residual where rounding has parted the two, and ends what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, measured
+from ..operators.checkpoint import Checkpoint, Place, digest
 from ..operators.crossing import working_dtype
+from ..operators.measured import Measured
 from . import checks
 from .progress import Bar
 from .results import Callback, SolveResult, Status, Step, worst
@@ -65,8 +68,12 @@ class Recurrence(ABC, Generic[S]):
     """
 
     who: str
+    state_type: type[S]
+    vectors: tuple[str, ...]
+    """Which of a state's fields, as they are packed, have a row for each of the n."""
 
-    def __init__(self, A: LinearOperator) -> None:
+    def __init__(self, A: LinearOperator, M: LinearOperator | None = None) -> None:
+        self.M = None if M is None else Measured(f"{self.who}'s preconditioner", M)
         self.A, self.space = A, A.space
         self.shared = self.space if self.space.shared else None
         self.products = 0
@@ -83,6 +90,25 @@ class Recurrence(ABC, Generic[S]):
     def norms(self, V: Tensor) -> Tensor:
         """``|v|`` for each column, ``(k,)``."""
         return self.space.sized(len(V)).norms(V).to(self.dtype)
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree on, beside the operators and the columns."""
+        return {}
+
+    def pack(self, state: S) -> dict[str, Any]:
+        """The state by name, and the names of what is in the same memory."""
+        packed: dict[str, Any] = {}
+        names: dict[int, str] = {}
+        for f in fields(state):
+            value = getattr(state, f.name)
+            same = names.setdefault(id(value), f.name)
+            packed[f.name] = value if same == f.name else same
+        return packed
+
+    def unpack(self, packed: Mapping[str, Any]) -> S:
+        """The inverse of `pack`."""
+        found = {n: packed[v] if isinstance(v, str) else v for n, v in packed.items()}
+        return self.state_type(**found)
 
     @abstractmethod
     def start(self, B: Tensor, X: Tensor | None) -> S:
@@ -172,26 +198,44 @@ def solve(
     max_steps: int,
     callback: Callback | None,
     progress: bool,
+    checkpoint: Place | None,
 ) -> SolveResult:
     """Run the recurrence for the columns ``B`` of ``b`` until each one ends."""
     checks.callback(recurrence.who, callback)
+    file = None if checkpoint is None else _file(checkpoint, recurrence, b, X0)
     run = _Run(recurrence, B, X0, vector=b.ndim == 1)
     bar = Bar(recurrence.who, progress)
+    ended: Status = "max steps"
     try:
-        run.begin(rtol, atol)
-        while run.running and run.steps < max_steps:
+        if file is None or not run.found(file):
+            run.begin()
+        run.aim(rtol, atol)
+        while run.running and run.steps < max_steps and ended != "interrupted":
             run.step()
             bar.update(run.worst)
+            if file is not None and file.due_after_step():
+                file.save(run.pack())
             if checks.stopped(recurrence.who, callback, run.report):
-                run.close_all("interrupted")
-        run.close_all("max steps")
+                ended = "interrupted"
+        if file is not None:
+            file.save(run.pack())
+        run.close_all(ended)
     except KeyboardInterrupt:
         if not run.begun:
             raise
         run.close_all("interrupted")
+        if file is not None and not recurrence.space.shared:  # others may not have been interrupted
+            file.save(run.pack())
     finally:
         bar.close()
     return run.result()
+
+
+def _file(path: Place, recurrence: Recurrence[S], b: Tensor, X0: Tensor | None) -> Checkpoint:
+    A, M = recurrence.A, recurrence.M
+    settings = recurrence.settings() | {"b": digest(b, A.space), "x0": digest(X0, A.space)}
+    vectors = ["x", "direction", *(f"state.{name}" for name in recurrence.vectors)]
+    return Checkpoint(path, recurrence.who, A, settings, vectors, () if M is None else M.parts)
 
 
 class _Run(Generic[S]):
@@ -251,22 +295,85 @@ class _Run(Generic[S]):
     def running(self) -> bool:
         return self.columns.numel() > 0
 
-    def begin(self, rtol: float, atol: float) -> None:
+    def begin(self) -> None:
         if self.X0 is not None:
             self.X0 = self.recurrence.begun_at(self.X0)
         X0 = None if self.X0 is None else self.X0.clone()
         self.state = state = self.recurrence.start(self.B, X0)
         zero = state if self.X0 is None else self.recurrence.start(self.B, None)
         self.error_of_zero = zero.error.clone()
-        self.target = rtol * zero.error
-        if atol:  # in units that may underflow, where nothing is asked in them
-            self.target = torch.maximum(self.target, atol / self.error_size)
         self.error = state.error.clone()
         self.history = [state.error.clone()]
-        self.begun = True
         self._require_finite()
-        self._close(state.error <= self.target, "converged")
+
+    def aim(self, rtol: float, atol: float) -> None:
+        """Know what is to be reached; what has been reached before ends here, and no less goes on."""
+        self.target = rtol * self.error_of_zero
+        if atol:  # in units that may underflow, where nothing is asked in them
+            self.target = torch.maximum(self.target, atol / self.error_size)
+        if self.begun:
+            self._reopen()
+        elif self.running:
+            self._close(self.state.error <= self.target[self.columns], "converged")
+        self.begun = True
         self._close_zeros()
+
+    # -- checkpoint -------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        """All that `begin` and steps have made, as tensors and plain values."""
+        r, unit = self.recurrence, None if self.recurrence.M is None else self.recurrence.M.unit
+        state = r.pack(self.state) if self.running else {}
+        known = {name: getattr(self, name) for name in _KNOWN}
+        known |= {"x": self._x, "history": torch.stack(self.history), "state": list(state)}
+        known |= {"unit": r.unit, "scale": r.scale, "products": r.products, "unit of M": unit}
+        return known | {f"state.{name}": value for name, value in state.items()}
+
+    def found(self, file: Checkpoint) -> bool:
+        """Whether there is a file to go on from; if so, all is as it was when that was saved."""
+        saved = file.load()
+        if saved is None:
+            return False
+        r = self.recurrence
+        try:
+            for name in _KNOWN:
+                setattr(self, name, saved[name])
+            self._x, self.history = saved["x"], list(saved["history"])
+            r.unit, r.scale, r.products = saved["unit"], saved["scale"], saved["products"]
+            if r.M is not None:
+                r.M.unit = saved["unit of M"]
+            if self.running:
+                self.state = r.unpack({name: saved[f"state.{name}"] for name in saved["state"]})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise file.foreign() from error
+        if self.X0 is not None:
+            self.X0 = self.X0 * r.unit
+        self.begun = True
+        return True
+
+    def _reopen(self) -> None:
+        """Columns that were given up for a looser tolerance or a smaller budget start from where they are."""
+        noise = self.recurrence.noise(self.B)
+        if noise is not None:
+            zero = self.error_of_zero <= noise
+            self.target = torch.where(zero, torch.maximum(self.target, noise), self.target)
+        ended = torch.tensor([s in ("converged", "max steps", "interrupted") for s in self.status])
+        again = ended.to(self.error.device) & (self.error > self.target)
+        again[self.columns] = False
+        if not bool(again.any()):
+            return
+        if self.running:
+            self._write(self.columns, self.state.X)
+        again[self.columns] = True
+        self.columns = at = again.nonzero().squeeze(1)
+        self.state = self.recurrence.start(some(self.B, at), some(self.x, at).clone())
+        self.error[at] = self.state.error
+        self.reference[at] = self.checked[at] = torch.inf
+        for column in at.tolist():
+            self.status[column] = "max steps"
+        self._close(self.state.error <= self.target[at], "converged")
+
+    # -- steps ------------------------------------------------------------------------------------
 
     def step(self) -> None:
         self.recurrence.step(self.state)
@@ -411,3 +518,8 @@ class _Run(Generic[S]):
 
     def _as_b(self, X: Tensor) -> Tensor:
         return X.squeeze(1) if self.vector else X
+
+
+_KNOWN = (
+    "columns", "status", "error", "error_of_zero", "reference", "checked", "direction", "steps",
+)  # fmt: skip

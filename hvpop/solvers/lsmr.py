@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, arguments
+from ..operators.checkpoint import Place
 from . import checks, lockstep
 from .lockstep import BREAKDOWN, GO
 from .results import Callback, LeastSquaresResult
@@ -25,6 +28,7 @@ def lsmr(
     max_steps: int | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    checkpoint: Place | None = None,
 ) -> LeastSquaresResult:
     """Minimise ``|A x - b|^2 + damping |x|^2`` for an ``A`` of any shape, by LSMR.
 
@@ -44,7 +48,7 @@ def lsmr(
         A column has converged when ``|g| <= max(rtol * |A'b|, atol)``. Where ``A'b`` is nothing but
         rounding, ``b`` being orthogonal to the range of ``A``, ``x = 0`` is the answer, and the target
         is what rounding leaves: ``8 eps |A| |b|``, with ``|A|`` as far as the products have shown it.
-    x0, max_steps, callback, progress
+    x0, max_steps, callback, progress, checkpoint
         As in `cg`; ``x0`` has n rows, and 10 min(m, n) steps are the default limit.
 
     Returns
@@ -85,6 +89,7 @@ def lsmr(
         max_steps=10 * min(A.shape) if max_steps is None else max_steps,
         callback=callback,
         progress=progress,
+        checkpoint=checkpoint,
     )
     X = result.x if b.ndim == 2 else result.x.unsqueeze(1)
     known = {f.name: getattr(result, f.name) for f in fields(result)}
@@ -113,11 +118,25 @@ class _State(lockstep.State):
 class _LeastSquares(lockstep.Recurrence[_State]):
     """Works on the damped problem as ``[A; root I] x = [b; 0]``, so that a restart is a plain start."""
 
-    who = "lsmr"
+    who, state_type = "lsmr", _State
+    vectors = ("X", "U", "below U", "V", "H", "H_bar")
 
     def __init__(self, A: LinearOperator, root: float) -> None:
         super().__init__(A)
         self.root = root
+
+    def settings(self) -> dict[str, Any]:
+        return {"root of damping": self.root}
+
+    def pack(self, state: _State) -> dict[str, Any]:
+        packed, m = super().pack(state), self.A.held[0]
+        return packed | {"U": state.U[:m], "below U": state.U[m:]} if self.root else packed
+
+    def unpack(self, packed: Mapping[str, Any]) -> _State:
+        fields = dict(packed)
+        if self.root:
+            fields["U"] = torch.cat([fields["U"], fields.pop("below U")])
+        return super().unpack(fields)
 
     def extended(self, B: Tensor) -> Tensor:
         return torch.cat([B, B.new_zeros(self.A.held[1], B.shape[1])]) if self.root else B
@@ -177,7 +196,8 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         t.X.addcmul_(t.H_bar, zeta * _reciprocal(rho) * _reciprocal(rho_bar))
         t.H = V - (theta * _reciprocal(rho)) * t.H
         t.zeta_bar = torch.where(flat, t.zeta_bar, -s_bar * t.zeta_bar)
-        t.error = t.zeta_bar.abs()
+        # beside an infinite size everything would pass for rounding
+        t.error = torch.where(t.size.isfinite(), t.zeta_bar.abs(), torch.nan)
         t.U, t.V, t.alpha, t.alpha_bar = U, V, alpha, c * alpha
         t.rho, t.rho_bar, t.c_bar, t.s_bar = rho, rho_bar, c_bar, s_bar
 

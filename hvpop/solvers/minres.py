@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
-from ..operators.measured import Measured
+from ..operators.checkpoint import Place
 from . import checks, lockstep
 from .lockstep import BREAKDOWN, GO
 from .results import Callback, SolveResult
@@ -26,6 +26,7 @@ def minres(
     max_steps: int | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    checkpoint: Place | None = None,
 ) -> SolveResult:
     """Solve ``A x = b`` for a symmetric ``A``, indefinite or singular, by minimal residuals.
 
@@ -65,6 +66,7 @@ def minres(
         max_steps=10 * A.shape[0] if max_steps is None else max_steps,
         callback=callback,
         progress=progress,
+        checkpoint=checkpoint,
     )
 
 
@@ -90,11 +92,8 @@ class _State(lockstep.State):
 
 
 class _MinimalResiduals(lockstep.Recurrence[_State]):
-    who = "minres"
-
-    def __init__(self, A: LinearOperator, M: LinearOperator | None) -> None:
-        super().__init__(A)
-        self.M = None if M is None else Measured(f"{self.who}'s preconditioner", M)
+    who, state_type = "minres", _State
+    vectors = ("X", "X_start", "R", "Q", "Q_last", "Z", "D", "D_last")
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)

@@ -100,7 +100,10 @@ def steihaug(
             steps += 1
             curvature = _dot(A, p, Ap)
             if not math.isfinite(curvature):
-                raise FloatingPointError(f"steihaug({A!r}): product {steps} is not finite")
+                raise FloatingPointError(
+                    f"steihaug({A!r}): product {steps} is not finite; look for non-finite entries in the "
+                    "model, the data or the damping"
+                )
             alpha = rho / curvature if curvature > 0 else math.inf
             tau = _to_boundary(norm, sp, pp, radius)
             if alpha >= tau:

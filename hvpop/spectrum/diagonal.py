@@ -9,9 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, probes
 from ..operators.arguments import Seed
-from . import operand, probes
+from . import operand
 from .known import Known
 from .results import DiagonalEstimate
 from .sampling import Band, C, Completing, History, S, Sampling, sample, student
@@ -107,6 +107,7 @@ class _Diagonal(Completing[C]):
 
 class _Hutchinson(_Diagonal[_Moments]):
     name, unit, state_type = "diagonal by hutchinson", 1, _Moments
+    vectors = (*Completing.vectors, "mean", "deviation")
 
     def start(self) -> _Moments:
         zero = self.space.zeros(1)[:, 0]

@@ -9,13 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
+from ..operators.checkpoint import Rows, digest
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
-from . import probes
 from .basis import Complement, Turn, combined
-from .checkpoint import Rows, digest
 from .copies import Search
 from .loop import Task
 from .results import Eigenpairs, Status
@@ -56,7 +55,7 @@ class Krylov:
 
 
 class Lanczos(Task[Krylov]):
-    name = "eigsh"
+    name, vectors = "eigsh", ("X",)
     turning: tuple[Turn, Krylov] | None  # the restart made last, and the state after it
 
     def __init__(
@@ -83,7 +82,7 @@ class Lanczos(Task[Krylov]):
         self.room = n - self.U.shape[1]  # the dimension of the space that is searched
         if which not in get_args(Which):
             raise ValueError(f"eigsh expects which in {get_args(Which)}, got {which!r}")
-        arguments.counts("eigsh", k=k)
+        arguments.required("eigsh", k=k)
         if k > self.room:
             raise ValueError(f"eigsh expects 1 <= k <= {self.room} for {A!r}, got k={k}")
         arguments.counts("eigsh", block=block, basis=basis)
@@ -429,7 +428,12 @@ class Lanczos(Task[Krylov]):
             return torch.empty(n, 0, dtype=self.dtype, device=self.A.device)
         if not isinstance(V, Tensor) or V.ndim not in (1, 2) or V.shape[0] != n:
             got = tuple(V.shape) if isinstance(V, Tensor) else type(V).__name__
-            raise ValueError(f"eigsh expects {name} to be a tensor ({n},) or ({n}, j), got {got}")
+            cure = "" if isinstance(V, Tensor) else "; use torch.as_tensor"
+            raise ValueError(
+                f"eigsh expects {name} to be a tensor ({n},) or ({n}, j), got {got}{cure}"
+            )
+        if V.is_complex():
+            raise TypeError(f"eigsh expects {name} with real numbers, got {V.dtype}")
         V = V.detach().to(self.A.device, self.dtype).reshape(n, -1)
         lengths = self.space.largest(V)
         if not torch.isfinite(lengths).all() or (lengths == 0).any():
@@ -441,7 +445,7 @@ class Lanczos(Task[Krylov]):
     def settings(self) -> Mapping[str, Any]:
         return {
             "k": self.k, "which": self.which, "block": self.block, "basis": self.basis,
-            "seed": self.seed, "v0": digest(self.v0), "deflate": digest(self.U),
+            "seed": self.seed, "v0": digest(self.v0, self.space), "deflate": digest(self.U, self.space),
         }  # fmt: skip
 
     def pack(self, state: Krylov) -> dict[str, Any]:

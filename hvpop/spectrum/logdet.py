@@ -161,7 +161,7 @@ class _LogDet(SpectralSampling[_State]):
         count, products = self.samples(finished), finished.products
         if limit == 0.0 or not math.isfinite(band.error()):
             return False
-        rounds = math.ceil(1.1 * count / self.block * ((band.error() / limit) ** 2 - 1))
+        rounds = math.ceil(1.1 * count / self.block * (min(band.error() / limit, 1e100) ** 2 - 1))
         return products + rounds * self.block * finished.quadrature.steps <= int(self.order)
 
     def _bounds(self, gauss: Measure, radau: Measure) -> list[Tensor]:

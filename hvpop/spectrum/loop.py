@@ -12,7 +12,7 @@ import torch
 
 from .._torch import leads
 from ..operators import LinearOperator
-from .checkpoint import Checkpoint, Rows
+from ..operators.checkpoint import Checkpoint, Rows
 from .results import Status
 
 
@@ -37,6 +37,8 @@ class Task(ABC, Generic[S]):
 
     name: str
     A: LinearOperator
+    vectors: tuple[str, ...] = ()
+    """Names in `pack` of what has an entry, or a row of them, for each of the n."""
 
     @abstractmethod
     def start(self) -> S:
@@ -93,19 +95,16 @@ def run(
 ) -> tuple[S, Status]:
     """The state where ``task`` ends, and how it ended; raises what a product raises."""
     file, state = None, None
-    if checkpoint is not None and task.A.space.shared:
-        raise ValueError(
-            f"{task.name}({task.A!r}): checkpoints hold whole vectors, and these are in parts; leave "
-            "checkpoint= out, or run on whole vectors (the operator inside of Sharded)"
-        )
     if checkpoint is not None:
-        file = Checkpoint(checkpoint, task.name, task.A, task.settings())
+        file = Checkpoint(checkpoint, task.name, task.A, task.settings(), task.vectors)
         saved = file.load()
         try:
             state = None if saved is None else task.unpack(saved)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise file.foreign() from error
     saved_last = state
+    # Of several processes some may have been interrupted, or failed, and others not: they save together or not.
+    saves = not task.A.space.shared
     if state is None:
         state = task.start()
     status: Status
@@ -119,23 +118,25 @@ def run(
                 if left < task.price(state):
                     break
                 before, state = state.products, task.advance(state, left)
+                due = file is not None and file.due_after_step()
                 if bar is not None:
                     bar.set_postfix_str(task.report(state), refresh=False)
                     bar.update(state.products - before)
-                if file is not None and file.due():
+                if file is not None and due:
                     file.save(task.pack(state), task.rows(state))
                     saved_last = state
         status = task.short(state) if verdict is None else verdict
+        saves = True
     except KeyboardInterrupt:
         state = task.recovered(state)
-        if state.products == 0:
+        if state.products == 0 or not saves:
             raise  # there is nothing to return
         status = "interrupted"
     finally:
         if bar is not None:
             bar.close()
         state = task.recovered(state)
-        if file is not None and state.products > 0 and state is not saved_last:
+        if saves and file is not None and state.products > 0 and state is not saved_last:
             file.save(task.pack(state), task.rows(state))
     return state, status
 

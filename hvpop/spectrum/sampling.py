@@ -229,6 +229,8 @@ class Completing(Sampling[C]):
     no error would be believed before, else while the probes are still well independent.
     """
 
+    vectors: tuple[str, ...] = ("known.Q", "known.AQ")
+
     def __init__(
         self, A: LinearOperator, rtol: float | None, block: int | None, seed: Seed
     ) -> None:
@@ -324,7 +326,7 @@ def sample(
     task: Sampling[S], max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
 ) -> tuple[S, Status]:
     """`run`, after a check that the budget is enough for two probes or for all of the matrix."""
-    arguments.counts(task.name, max_products=max_products)
+    arguments.required(task.name, max_products=max_products)
     least = min(2 * task.unit, task.order)
     if max_products < least:
         raise ValueError(

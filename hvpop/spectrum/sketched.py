@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import probes
+from ..operators import probes
 from .known import Known
 from .sampling import Completing, History
 from .sketch import LeaveOut, Split, beside, extend
@@ -28,6 +28,7 @@ class SplitSampling(Completing[SplitState]):
     """Rounds of a `Split`: a sketch, its basis, and probes for what is outside."""
 
     unit, state_type = 3, SplitState
+    vectors = (*Completing.vectors, "Q", "Z", "G", "AG")
 
     def start(self) -> SplitState:
         return SplitState(Split.empty(self.A, self.dtype), self.nothing())
@@ -74,6 +75,7 @@ class LeaveOutSampling(Completing[LeaveOutState]):
     """Rounds of a `LeaveOut` sketch, in which every probe is left out in turn."""
 
     unit, state_type = 2, LeaveOutState
+    vectors = (*Completing.vectors, "Omega", "Q", "Z")
     keep = False  # whether the estimate needs A Q itself
 
     def start(self) -> LeaveOutState:

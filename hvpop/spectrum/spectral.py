@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
-from . import probes
+from ..operators import probes
 from .quadrature import Block, Quadrature, Recurrences
 from .sampling import SMALL, SampledState, Sampling
 
@@ -25,6 +25,7 @@ class SpectralSampling(Sampling[Q]):
     """Estimates of sums over the spectrum, a product a step and probe."""
 
     steps: int
+    vectors = ("quadrature.group.last", "quadrature.group.current", "quadrature.group.Q")
 
     @abstractmethod
     def length(self, state: Q) -> int:

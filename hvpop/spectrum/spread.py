@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..operators import BatchForms, LinearOperator
-from . import probes
+from ..operators import BatchForms, LinearOperator, probes
 from .results import Eigenpairs, Estimate
 
 

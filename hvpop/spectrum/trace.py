@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments
+from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
-from . import operand, probes, spread
+from . import operand, spread
 from .known import Known
 from .results import Estimate
 from .sampling import Band, C, Completing, History, Sampling, mean, student

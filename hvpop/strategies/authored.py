@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _torch
 from ..exchange import Ungraded
-from ..graph import nodes_of
+from ..graph import is_alone, nodes_of
 from .base import LinearMap, Params, ScalarFunction, at
 from .finite_difference import first_gradient
 from .graphs import NoSecondDerivativeError
@@ -49,7 +49,8 @@ def refuse_hidden(strategy: object, fn: ScalarFunction, point: Params, loss: Ten
     """Raise where a gradient reaches the parameters past the graph of the loss."""
     if getattr(fn, "plain", False):
         return
-    if loss.requires_grad and loss.is_leaf and not any(loss is p for p in point.values()):
+    alone = is_alone(loss) or any(loss is p for p in point.values())
+    if loss.requires_grad and loss.is_leaf and not alone:
         way = "the loss is a leaf, whose gradient some hook passes on"
     elif any(p.is_leaf and p.grad is not None for p in point.values()):
         way = "a backward pass inside the backward pass leaves gradients in the parameters"
@@ -96,7 +97,7 @@ def _difference(
     fn: ScalarFunction, params: Params, args: tuple[object, ...], v: Params
 ) -> Difference:
     """In double precision if the function can be evaluated in it."""
-    doubled = _in_double((params, args, v))
+    doubled = in_double((params, args, v))
     try:
         return difference(lambda p: first_gradient(fn, p, doubled[1]), doubled[0], doubled[2])
     except Exception:  # a constant or a cast of the user's own holds on to its dtype
@@ -121,7 +122,7 @@ def _farthest(product: Params, truth: Difference, params: Params) -> float | Non
 
 def _is_gradient_of_loss(fn: ScalarFunction, params: Params, args: tuple[object, ...]) -> bool:
     """Whether the gradient is the derivative of the loss, along a generic direction."""
-    doubled = _in_double((params, args))
+    doubled = in_double((params, args))
     for point, data in (doubled, (params, args)):
         try:
             return _slope_fits(fn, point, data)
@@ -150,7 +151,8 @@ def _slope_fits(fn: ScalarFunction, point: Params, args: Any) -> bool:
     return bool(abs(slopes[1] - expected) <= tolerance)
 
 
-def _in_double(tensors: Any) -> Any:
+def in_double(tensors: Any) -> Any:
+    """The same with all that is real in double precision."""
     return pytree.tree_map(
         lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tensors
     )

@@ -59,6 +59,7 @@ class ByRows(ThroughOutputs):
     ) -> RowsMap:
         if self._known != fn:
             self.pushed, self.pulled = Batched(), Batched()
+            self._begin(fn)
         with grad_enabled(), explained(self):
             parted = Parted(fn, params, args, cutting=self.cutting)
             self.prove(parted)
@@ -128,6 +129,7 @@ class _PushForward(LinearMap):
         old, owner = self._parted, self._owner
         with grad_enabled(), explained(owner):
             parted, tangents = pushed_forward(old.fn, old.point, old.args, v, owner.cutting)
+            owner.passed(parted)
             with parted.around():
                 return {ROWS: owner.rows(parted).gather(tangents).detach()}
 

@@ -48,6 +48,7 @@ _MISSING = (
     (r"Nested forward mode AD", "the model uses forward mode itself, which cannot be nested"),
     (r"ZeroTensors are immutable", "an op writes into a forward-mode zero"),
     (r"must implement the jvp", "a custom autograd.Function has no jvp"),
+    (r"through (\S+) but no autograd formula", "the op {} has no derivative"),
     (r"does not currently support double backward", "compiled code has no double backward"),
     (
         r"SymIntArrayRef expected|NestedTensorImpl doesn't|aten\._(nested|has_same_storage_numel)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..exchange import dual_level
-from ..graph import edge, leaves_of
-from ..interception import Interception
+from ..graph import edge, leaves_of, pulled
+from ..interception import Interception, Table
 from ..marker import AT_MARKS, Cut, Cutting
 from .base import Params, ScalarFunction, at, filled, grad_enabled, leaves, plain
 from .forward import ForwardMode, load_forward_rules
 from .referee import norm
 from .rounding import rounding
-from .tangents import TANGENTS
+from .tangents import TANGENTS, DifferentiatedInsideError
 
 Tensors = list[Tensor]
 
@@ -24,7 +25,7 @@ Tensors = list[Tensor]
 class Parted:
     """A function at a point: ``outputs`` of the parameters, and ``loss`` of ``leaves`` in their place.
 
-    ``cutting`` says where.
+    ``cutting`` says where; what is in ``handing`` is handed to the loss in place of outputs of its shape.
 
     Raises
     ------
@@ -39,6 +40,7 @@ class Parted:
         args: tuple[object, ...],
         tangents: Params | None = None,
         cutting: Cutting = AT_MARKS,
+        handing: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.fn, self.args = fn, args
         self.point = leaves(params, differentiable=False)
@@ -48,9 +50,10 @@ class Parted:
                 n: forward_ad.make_dual(p, plain(tangents[n]).to(p.dtype))
                 for n, p in self.point.items()
             }
-        cut = Cut(cutting)
+        cut = Cut(cutting, handing)
         with at(fn, place, *args), cut:
             self.loss = fn(place, *args)
+        self.handed = cut.leaves  # all of them
         self.outputs, self.leaves, self.calls = cut.outputs, cut.leaves, cut.calls
         self.cutting = cutting
         if cutting.at_calls:
@@ -92,7 +95,8 @@ class Parted:
             raise ValueError(
                 f"the loss reaches {', '.join(beside[:3])} past the outputs of the model, as a penalty "
                 "on parameters does, which J' B J does not have in it; leave it out of the loss, and add "
-                "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G)"
+                "its Hessian as an operator: G + HessianOperator(...), or c * Identity.like(G); parameters "
+                "of the loss's own (a temperature) are left out by params="
             )
 
     def pull(self, s: Tensors, k: int | None = None, *, keep: bool = True) -> Params:
@@ -100,13 +104,12 @@ class Parted:
         pairs = [(z, t) for z, t in zip(self.outputs, s, strict=True) if z.requires_grad]
         if not pairs:
             return filled(self.point, (None,) * len(self.point), k)
-        found = torch.autograd.grad(
+        found = pulled(
             [z for z, _ in pairs],
             list(self.point.values()),
             [t for _, t in pairs],
-            retain_graph=keep,
-            allow_unused=True,
-            is_grads_batched=k is not None,
+            batched=k is not None,
+            keep=keep,
         )
         return filled(self.point, found, k)
 
@@ -145,18 +148,12 @@ class DoublePullBack:
         self._curved = [z for z in parted.outputs if z.requires_grad]
         # Linear in u, so that any will do; but some derivatives of torch's are no numbers at zero.
         self._u = [torch.ones_like(z).requires_grad_() for z in self._curved]
-        pulled: tuple[Tensor | None, ...] = ()
+        back: tuple[Tensor | None, ...] = ()
         if self._curved:
-            pulled = torch.autograd.grad(
-                self._curved,
-                list(parted.point.values()),
-                self._u,
-                create_graph=True,
-                allow_unused=True,
-            )
+            back = pulled(self._curved, list(parted.point.values()), self._u, create_graph=True)
         reached = {
             n: g
-            for n, g in zip(parted.point, pulled, strict=bool(pulled))
+            for n, g in zip(parted.point, back, strict=bool(back))
             if g is not None and g.requires_grad
         }
         self._names = list(reached)
@@ -166,14 +163,8 @@ class DoublePullBack:
     def __call__(self, v: Params, k: int | None = None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(self._u)
         if self.graph:
-            found = torch.autograd.grad(
-                self.graph,
-                self._u,
-                [v[name] for name in self._names],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=k is not None,
-            )
+            cotangents = [v[name] for name in self._names]
+            found = pulled(self.graph, self._u, cotangents, batched=k is not None)
         given = iter(found)
         lead = () if k is None else (k,)
         tangents = [next(given) if z.requires_grad else None for z in self._like]
@@ -188,7 +179,21 @@ def pushed_forward(
 ) -> tuple[Parted, Tensors]:
     """A parted function, and ``J v`` by dual numbers: both from one evaluation."""
     load_forward_rules()
-    with grad_enabled(), dual_level(), ForwardMode(), Interception(TANGENTS):
+    try:
+        return _pushed_forward(fn, params, args, v, cutting, TANGENTS)
+    except DifferentiatedInsideError:  # torch's own rules keep tangents in the graph
+        return _pushed_forward(fn, params, args, v, cutting, {})
+
+
+def _pushed_forward(
+    fn: ScalarFunction,
+    params: Params,
+    args: tuple[object, ...],
+    v: Params,
+    cutting: Cutting,
+    rules: Table,
+) -> tuple[Parted, Tensors]:
+    with grad_enabled(), dual_level(), ForwardMode(), Interception(rules):
         parted = Parted(fn, params, args, v, cutting)
         tangents = [
             torch.zeros_like(z) if t is None else t.detach()
@@ -215,7 +220,8 @@ class Differences:
 
     def _at(self, v: Params, h: float) -> Tensors:
         fn, args = self._parted.fn, self._parted.args
-        moved = {n: p.detach() + h * v[n] for n, p in self._parted.point.items()}
+        place = {n: p.detach() + h * v[n] for n, p in self._parted.point.items()}
+        moved = leaves(place, differentiable=False)  # hooks in a model want what they are put on to
         cut = Cut(self._parted.cutting)
         with at(fn, moved, *args), cut:
             fn(moved, *args)

@@ -36,12 +36,43 @@ def difference(gradient: Callable[[Params], Params], point: Params, v: Params) -
         fine = _quotient(gradient, point, v, h)
         if coarse is not None:
             apart = {n: float((fine[n] - c).norm()) for n, c in coarse.items()}
-            error = math.hypot(*apart.values()) / max(norm(coarse), 1e-30)
+            error = math.hypot(*apart.values()) / max(norm(coarse), 1e-300)
             found.append(Difference(coarse, apart, error))
             if error < eps**0.5:
                 break
         coarse = fine
     return min(found, key=lambda d: d.error if d.error == d.error else math.inf)
+
+
+def is_smooth(gradient: Callable[[Params], Params], point: Params) -> bool:
+    """Whether a gradient has a derivative, not all zero, as far as its differences can tell.
+
+    Those of two steps agree, those ahead and behind do, and those along a sum are the sum.
+    """
+    eps = rounding(point.values())
+    a, b = generic(point), generic(point, seed=1)
+    both = {name: a[name] + b[name] for name in a}
+    found = [difference(gradient, point, v) for v in (a, b, both)]
+    total = max(norm(d.product) for d in found)
+    if not 0 < total < math.inf:
+        return False
+    for name in point:
+        x, y, z = (d.product[name] for d in found)
+        size = max(float(t.norm()) for t in (x, y, z))
+        allowed = max(eps**0.4 * size, eps**0.75 * total)
+        if not max(*(d.doubt[name] for d in found), float((x + y - z).norm())) <= allowed:
+            return False
+    step = eps ** (1 / 3) * max(norm(point), 1.0) / norm(a)
+    bends = [_bend(gradient, point, a, h) for h in (step, step / 4)]
+    return bool(bends[1] <= max(bends[0] / 2, eps**0.4 * total))
+
+
+def _bend(gradient: Callable[[Params], Params], point: Params, v: Params, h: float) -> float:
+    """How far quotients ahead and behind are apart: of the order of the step, unless there is a kink."""
+    ahead, here, behind = (
+        gradient({name: p.detach() + t * v[name] for name, p in point.items()}) for t in (h, 0, -h)
+    )
+    return norm({n: (ahead[n].double() - 2 * here[n].double() + behind[n].double()) / h for n in v})
 
 
 def _steps(eps: float, length: float) -> Iterator[float]:

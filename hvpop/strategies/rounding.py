@@ -71,5 +71,5 @@ def nudged(params: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least, where squares do not overflow."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """In float64, where squares neither overflow nor vanish."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))

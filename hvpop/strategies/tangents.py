@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import _torch
 from ..interception import Table
 
 Op = Callable[..., Any]
@@ -106,11 +107,23 @@ def _pulled(value: Tensor, x: Tensor, dx: Tensor) -> Tensor:
 
 
 def _parts(*given: Tensor | None) -> list[tuple[Any, Tensor | None]]:
-    """Value and tangent of each."""
+    """Value and tangent of each; none where a model's own transform of functions is at work."""
+    if _torch.transforms() is not None:
+        return [(None, None)] * len(given)
     return [(None, None) if t is None else tuple(forward_ad.unpack_dual(t)) for t in given]
 
 
+class DifferentiatedInsideError(Exception):
+    """A model differentiates what it computes, and tangents without a graph are gone from that."""
+
+
+def _differentiated(*_: Any, **__: Any) -> None:
+    raise DifferentiatedInsideError
+
+
 TANGENTS: Table = {
+    torch.autograd.grad: _differentiated,
+    torch.Tensor.backward: _differentiated,
     F.linear: _linear,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,

@@ -9,14 +9,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..graph import leaves_of, nodes_of
+from ..graph import leaves_of, nodes_of, pulled
 from ..marker import AT_MARKS, Cutting
 from .authored import NOTHING, authored, ungraded
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
 from .forward import ForwardOverReverse
 from .graphs import NoSecondDerivativeError, check_graph, explained
 from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
-from .referee import generic
+from .referee import generic, norm
 from .reverse import Blockwise, ReverseOverReverse
 from .rounding import agree, nudged, reordered, rounding
 
@@ -97,6 +97,7 @@ class ThroughOutputs(HVPStrategy):
         if differentiable:
             raise NotImplementedError("products of J' B J are not differentiable")
         if isinstance(self.strategy, ForwardOverReverse):
+            self._begin(fn)
             return _Forward(self, fn, params, args)
         with grad_enabled(), explained(self):
             parted = Parted(fn, params, args, cutting=self.cutting)
@@ -123,30 +124,83 @@ class ThroughOutputs(HVPStrategy):
         self._begin(fn)
         found = frozenset().union(*(authored(fn, z) for z in parted.outputs))
         new = found - self._proven
-        if new and self._tested and isinstance(push, DoublePullBack):
-            check_graph(self, [*parted.outputs, *push.graph])
+        if new and self._tested:
+            if isinstance(push, DoublePullBack):
+                check_graph(self, [*parted.outputs, *push.graph])
             self._hold_against_differences(parted, push, params)
             self._proven |= new
         return bool(found)
 
-    def _hold_against_differences(self, parted: Parted, push: Push, params: Params) -> None:
-        """Raise if ``J v`` is not that of the outputs, as far as differences can tell."""
-        w = generic(params)
-        with parted.around(), grad_enabled():
-            found, truth = push(w), Differences(parted)(w)
-        off = max(
-            (
-                float((a - b).norm() / b.norm().clamp_min(1e-30))
-                for a, b in zip(found, truth, strict=True)
-            ),
-            default=0.0,
+    def passed(self, parted: Parted) -> frozenset[object]:
+        """The ops that dual numbers went through; those of a strategy that takes no others are tried."""
+        ops = frozenset(node.name() for node in nodes_of(parted.outputs)).union(
+            *(authored(parted.fn, z) for z in parted.outputs)
         )
-        if off > 0.03:
+        if (
+            isinstance(self.strategy, ForwardOverReverse)
+            and self._tested
+            and not ops <= self._pushed
+        ):
+            w = generic(parted.point)
+            tried, tangents = pushed_forward(parted.fn, parted.point, parted.args, w, self.cutting)
+            with tried.around():
+                if not is_transpose(tried, tangents, w):
+                    raise NoSecondDerivativeError(f"{self!r}: {_NO_TRANSPOSE}")
+            self._pushed |= ops
+        return ops
+
+    def _hold_against_differences(self, parted: Parted, push: Push, params: Params) -> None:
+        """Raise if ``J v`` is not that of the outputs, as far as differences can tell.
+
+        A straight-through estimator has its J by its author's will, and is differentiated as it is
+        written: what is pulled back is the transpose of that, and not of what differences give.
+        """
+        w, differs = generic(params), isinstance(push, Differences)
+        with parted.around(), grad_enabled():
+            found = push(w)
+            truth = found if differs else Differences(parted)(w)
+            right = is_transpose(parted, truth, w, COARSE)
+            written = not differs and is_transpose(parted, found, w)
+        pairs = [(a.double(), b.double()) for a, b in zip(found, truth, strict=True)]
+        off = max(
+            (float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs), default=0.0
+        )
+        if right and off > COARSE:
             raise NoSecondDerivativeError(
-                f"{self!r}: a custom autograd.Function's backward is not the derivative of its forward "
-                f"pass, or cannot be transposed: J v is off by {off:.0e} of what differences of outputs "
-                "give; strategy=FiniteDifference() needs first derivatives only"
+                f"{self!r}: a custom autograd.Function's backward cannot be transposed: J v is off by "
+                f"{off:.0e} of what differences of outputs give; strategy=FiniteDifference() needs first "
+                "derivatives only"
             )
+        if not right and not written:
+            raise NoSecondDerivativeError(f"{self!r}: {_NO_TRANSPOSE}")
+
+
+COARSE = 0.03
+"""What differences may be off by."""
+
+_NO_TRANSPOSE = (
+    "what is pulled back through the model is not the transpose of J v, as where a custom autograd.Function "
+    "or a hook on a tensor changes gradients; a straight-through estimator is x + (f(x) - x).detach() for "
+    "every strategy, and ReverseOverReverse() takes others as they are written, if they are linear"
+)
+
+
+def is_transpose(
+    parted: Parted, tangents: Tensors, w: Params, tolerance: float | None = None
+) -> bool:
+    """Whether pull-backs are the transpose of what gave ``tangents`` along ``w``, as a few show."""
+    tolerance = reordered(rounding([*tangents, *w.values()])) if tolerance is None else tolerance
+    named = {str(i): t.detach().double() for i, t in enumerate(tangents)}
+    for seed in range(3):
+        s = generic(named, seed=seed)
+        found = parted.pull([t.to(z) for t, z in zip(s.values(), parted.outputs, strict=True)])
+        ahead = sum(float((s[i] * t).sum()) for i, t in named.items())
+        back = sum(
+            float((g.detach().double() * w[name].double()).sum()) for name, g in found.items()
+        )
+        if not abs(ahead - back) <= tolerance * norm(named):
+            return False
+    return True
 
 
 class _Kept(Blockwise):
@@ -182,9 +236,7 @@ class _Forward(LinearMap):
             parted, tangents = pushed_forward(
                 self._fn, self._params, self._args, v, self._owner.cutting
             )
-            self.passed = frozenset(node.name() for node in nodes_of(parted.outputs)).union(
-                *(authored(self._fn, z) for z in parted.outputs)
-            )
+            self.passed = self._owner.passed(parted)
             self._owner.prove(parted)
             with parted.around():
                 product = parted.pull(self._owner.middle(parted)(tangents, None), keep=False)
@@ -260,14 +312,7 @@ def loss_hessian(parted: Parted) -> Times:
     def times(s: Tensors, k: int | None) -> Tensors:
         found: tuple[Tensor | None, ...] = (None,) * len(places)
         if gradient:
-            found = torch.autograd.grad(
-                gradient,
-                places,
-                [s[i] for i in curved],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=k is not None,
-            )
+            found = pulled(gradient, places, [s[i] for i in curved], batched=k is not None)
         return [torch.zeros_like(t) if f is None else f for f, t in zip(found, s, strict=True)]
 
     return times

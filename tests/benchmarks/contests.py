@@ -13,6 +13,7 @@ import numpy as np
 import ours
 import peers
 import torch
+import workloads
 from entrants import Entrant, Product
 from scipy.sparse.linalg import LinearOperator, eigsh
 from timing import Clock, Samples, interleaved
@@ -155,12 +156,28 @@ def timed(
 
 
 def one_product(workload: Workload, plan: Plan) -> list[Row]:
+    entrants = (ours.LIVE, *_kept(plan), *peers.PEERS)
+    return product_among(entrants, workload, plan, "one product")
+
+
+def product_among(
+    entrants: Sequence[Entrant], workload: Workload, plan: Plan, question: str
+) -> list[Row]:
     v = workload.vectors()
     truth = true_product(workload, v)
-    entrants = (ours.LIVE, *_kept(plan), *peers.PEERS)
     attempts = [_multiplying(e, workload, v, truth, "vector") for e in entrants]
     unit = peers.gradient(workload)
-    return timed(workload.name, "one product", attempts, plan, unit, limits=limit(workload))
+    return timed(workload.name, question, attempts, plan, unit, limits=limit(workload))
+
+
+def gauss_newton(workload: Workload, plan: Plan) -> list[Row]:
+    """The same of the Gauss-Newton matrix."""
+    v = workload.vectors()
+    truth = true_product(workload, v, workloads.gauss_newton)
+    entrants = (*ours.GAUSS_NEWTON, *peers.GAUSS_NEWTON)
+    attempts = [_multiplying(e, workload, v, truth, "vector") for e in entrants]
+    unit, limits = peers.gradient(workload), limit(workload, workloads.gauss_newton)
+    return timed(workload.name, "Gauss-Newton, one product", attempts, plan, unit, limits=limits)
 
 
 def sixteen_columns(workload: Workload, plan: Plan) -> list[Row]:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from entrants import Entrant, Product
 from workloads import Workload
 
-from hvpop import HessianOperator, LinearOperator
+from hvpop import GaussNewtonOperator, HessianOperator, LinearOperator
 from hvpop.strategies import Compiled, HVPStrategy
 
-
-def operator(workload: Workload, strategy: HVPStrategy | None = None) -> HessianOperator:
-    return HessianOperator(workload.fresh(), workload.loss, workload.data, strategy=strategy)
+Kind = type[HessianOperator] | type[GaussNewtonOperator]
 
 
-def live(workload: Workload) -> Product:
-    return _product(operator(workload))
+def operator(
+    workload: Workload, strategy: HVPStrategy | None = None, kind: Kind = HessianOperator
+) -> HessianOperator | GaussNewtonOperator:
+    return kind(workload.fresh(), workload.loss, workload.data, strategy=strategy)
 
 
-def linearized(workload: Workload, memory: int | None = None) -> Product:
-    return _product(operator(workload).linearize(memory=memory))
+def live(workload: Workload, kind: Kind = HessianOperator) -> Product:
+    return _product(operator(workload, kind=kind))
 
 
-def split(workload: Workload, memory: int | None = None) -> Product:
-    return _product(operator(workload, Compiled(compiler=False)).linearize(memory=memory))
+def linearized(
+    workload: Workload, memory: int | None = None, kind: Kind = HessianOperator
+) -> Product:
+    return _product(operator(workload, kind=kind).linearize(memory=memory))
+
+
+def split(workload: Workload, memory: int | None = None, kind: Kind = HessianOperator) -> Product:
+    return _product(operator(workload, Compiled(compiler=False), kind).linearize(memory=memory))
 
 
 def compiled(workload: Workload, memory: int | None = None) -> Product:
@@ -39,3 +48,7 @@ KEPT = (
     Entrant("hvpop, Compiled without compiler", True, split, ours=True),
 )
 COMPILED = Entrant("hvpop, Compiled", True, compiled, ours=True)
+
+GAUSS_NEWTON = tuple(
+    replace(e, build=partial(e.build, kind=GaussNewtonOperator)) for e in (LIVE, *KEPT)
+)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from entrants import Entrant, Product, loop
 from torch import Tensor
-from workloads import Workload
+from workloads import Workload, gauss_newton
 
 
 class NotInstalledError(ImportError):
@@ -29,10 +29,10 @@ def imported(module: str) -> Any:
 
 def _quiet(build: Callable[..., Product]) -> Callable[..., Product]:
     @wraps(build)
-    def quietly(*args: Any) -> Product:
+    def quietly(*args: Any, **how: Any) -> Product:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return build(*args)
+            return build(*args, **how)
 
     return quietly
 
@@ -71,9 +71,9 @@ def _pydvl(workload: Workload, **how: bool) -> Product:
 
 
 @_quiet
-def curvlinops(workload: Workload) -> Product:
+def curvlinops(workload: Workload, kind: str = "HessianLinearOperator") -> Product:
     model = workload.fresh()
-    H = imported("curvlinops").HessianLinearOperator(
+    H = getattr(imported("curvlinops"), kind)(
         model, workload.loss, list(model.parameters()), workload.data, check_deterministic=False
     )
     return Product(lambda v: H @ v, lambda V: H @ V, scipy=H.to_scipy(), own=H)
@@ -146,6 +146,21 @@ def by_hand_kept(workload: Workload) -> Product:
     return Product(vector, loop(vector))
 
 
+@_quiet
+def gauss_newton_by_hand(workload: Workload) -> Product:
+    """As `gauss_newton` of workloads has it, its graphs kept."""
+    model, samples = workload.fresh(), sum(len(x) for x, _ in workload.data)
+    maps = [(gauss_newton(model, workload.loss, x, y), len(x)) for x, y in workload.data]
+
+    def vector(v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        for multiply, n in maps:
+            total.add_(multiply(v), alpha=n)
+        return total.div_(samples)
+
+    return Product(vector, loop(vector))
+
+
 def gradient(workload: Workload) -> Callable[[], Tensor]:
     """The unit of cost: the gradient of all the data by a plain loop."""
     model = workload.fresh()
@@ -180,4 +195,9 @@ PEERS = (
     Entrant("PyHessian", False, pyhessian),
     Entrant("by hand, graphs kept", True, by_hand_kept),
     Entrant("by hand", False, by_hand),
+)
+
+GAUSS_NEWTON = (
+    Entrant("curvlinops", False, partial(curvlinops, kind="GGNLinearOperator")),
+    Entrant("by hand, graphs kept", True, gauss_newton_by_hand),
 )

@@ -23,11 +23,13 @@ import torch
 from contests import Plan, Row
 from workloads import WORKLOADS, Workload
 
+PRODUCTS = (contests.one_product, contests.sixteen_columns, contests.gauss_newton)
+
 CONTESTS: dict[str, tuple[Callable[[Workload, Plan], list[Row]], ...]] = {
-    "tiny": (contests.one_product, contests.sixteen_columns),
-    "mlp": (contests.one_product, contests.sixteen_columns),
-    "cnn": (contests.one_product, contests.sixteen_columns),
-    "gpt": (contests.one_product, contests.sixteen_columns),
+    "tiny": PRODUCTS,
+    "mlp": PRODUCTS,
+    "cnn": PRODUCTS,
+    "gpt": PRODUCTS,
     "digits": (contests.end_to_end, *answers.QUESTIONS),
     "memory": (contests.within_memory,),
 }
@@ -51,7 +53,7 @@ def main() -> None:
         if name == large.NAME:
             for found in large.measured(plan):
                 rows += found
-                print(report.table("a diagonal", found), flush=True)
+                print(report.table("float32", found), flush=True)
             continue
         workload = WORKLOADS[name]()
         for contest in CONTESTS[name]:

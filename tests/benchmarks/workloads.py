@@ -131,20 +131,51 @@ def in_float64(workload: Workload) -> tuple[nn.Module, list[Batch]]:
     return workload.fresh().double(), data
 
 
-def true_product(workload: Workload, V: Tensor) -> Tensor:
+Map = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def hessian(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Map:
+    """That of a batch, by double backward."""
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(loss(model(x), y), parameters, create_graph=True)
+
+    def multiply(v: Tensor) -> Tensor:
+        pieces = _shaped_like(parameters, v)
+        return _flat(torch.autograd.grad(gradient, parameters, pieces, retain_graph=True))
+
+    return multiply
+
+
+def gauss_newton(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Map:
+    """That of a batch: a tangent by double pull-back, the loss's Hessian, and a pull-back."""
+    parameters = list(model.parameters())
+    outputs = model(x)
+    places, u = outputs.detach().requires_grad_(), torch.ones_like(outputs).requires_grad_()
+    pulled = torch.autograd.grad(outputs, parameters, u, create_graph=True)
+    (slope,) = torch.autograd.grad(loss(places, y), places, create_graph=True)
+
+    def multiply(v: Tensor) -> Tensor:
+        pieces = _shaped_like(parameters, v)
+        tangent = torch.autograd.grad(pulled, u, pieces, retain_graph=True)
+        curved = torch.autograd.grad(slope, places, tangent, retain_graph=True)
+        return _flat(torch.autograd.grad(outputs, parameters, curved, retain_graph=True))
+
+    return multiply
+
+
+Matrix = Callable[[nn.Module, Loss, Tensor, Tensor], Map]
+
+
+def true_product(workload: Workload, V: Tensor, matrix: Matrix = hessian) -> Tensor:
     """``H V`` in float64 by plain double backward, batches weighted by their samples."""
     model, data = in_float64(workload)
-    parameters = list(model.parameters())
     columns = V.double().reshape(workload.parameters, -1).T
     total = torch.zeros_like(columns)
     samples = 0
     for x, y in data:
-        gradient = torch.autograd.grad(workload.loss(model(x), y), parameters, create_graph=True)
-        for j, v in enumerate(columns):
-            product = torch.autograd.grad(
-                gradient, parameters, _shaped_like(parameters, v), retain_graph=True
-            )
-            total[j] += len(x) * _flat(product)
+        multiply = matrix(model, workload.loss, x, y)
+        total += len(x) * torch.stack([multiply(v) for v in columns])
         samples += len(x)
     return (total / samples).T.reshape(V.shape)
 
@@ -157,17 +188,21 @@ class Limit:
     live: float  # if nothing is
 
 
-def limit(workload: Workload) -> Limit:
+def limit(workload: Workload, matrix: Matrix = hessian) -> Limit:
     """Counted on one batch."""
     model = workload.fresh()
     parameters = list(model.parameters())
     x, y = next(iter(workload.data))
+    with FlopCounterMode(display=False) as forward_flops:
+        model(x)
     with FlopCounterMode(display=False) as gradient_flops:
-        gradient = torch.autograd.grad(workload.loss(model(x), y), parameters, create_graph=True)
+        torch.autograd.grad(workload.loss(model(x), y), parameters)
+    multiply = matrix(model, workload.loss, x, y)
     with FlopCounterMode(display=False) as product_flops:
-        torch.autograd.grad(gradient, parameters, [torch.ones_like(p) for p in parameters])
-    ratio = product_flops.get_total_flops() / gradient_flops.get_total_flops()
-    return Limit(kept=ratio, live=1 + ratio)
+        multiply(torch.ones(workload.parameters))
+    gradient, product = gradient_flops.get_total_flops(), product_flops.get_total_flops()
+    first = gradient if matrix is hessian else forward_flops.get_total_flops()
+    return Limit(kept=product / gradient, live=(first + product) / gradient)
 
 
 def graph_bytes(workload: Workload) -> int:

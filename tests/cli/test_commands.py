@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from hvpop import HessianOperator
+from hvpop import HessianOperator, __version__
 from hvpop.cli.commands import app
 from hvpop.spectrum import eigsh, trace
 
@@ -25,6 +25,8 @@ def make():
     x, y = torch.randn(21, 3).double(), torch.randint(2, (21,))
     return model, nn.CrossEntropyLoss(), list(zip(x.split(8), y.split(8)))
 
+model = nn.Linear(3, 2)
+
 def risk():
     return EmpiricalRisk(*make())
 
@@ -36,6 +38,24 @@ def nothing():
 
 def broken():
     raise RuntimeError("no such file of mine")
+
+def needy(where):
+    return make()
+
+def narrow():
+    model, loss, data = make()
+    return model, loss, [(x[:, :2], y) for x, y in data]
+
+class Strict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return x.missing
+
+def strict():
+    return Strict(), nn.MSELoss(), [(torch.ones(6, 2), torch.ones(6, 2))]
 
 class Forgetful(nn.Module):
     def __init__(self):
@@ -115,14 +135,21 @@ def test_equal_runs_give_equal_bytes(target: str) -> None:
         ("no.such.module:make", "there is no module no.such.module"),
         ("train.py:mak", "train.py has no mak; it has make, risk"),
         ("train.py:nothing", "returned int; TARGET is"),
+        ("train.py:model", "train.py:model is a model, a Linear; TARGET is"),
         ("train.py:broken", "train.py:broken raised RuntimeError: no such file of mine ("),
+        ("train.py:needy", "cannot be called with nothing: missing a required argument: 'where'"),
+        (
+            "train.py:narrow",
+            "RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x2 and 3x4)",
+        ),
+        ("train.py:strict", "/train.py:"),
     ],
 )
 def test_a_bad_target_gets_one_line(target: str, says: str) -> None:
     result = hvpop("spectrum", target)
     assert result.exit_code == 2
     assert result.stdout == ""
-    (line,) = [x for x in result.stderr.splitlines() if not x.startswith("running ")]
+    (line,) = [x for x in result.stderr.splitlines() if not x.startswith(("running ", "<"))]
     assert line.startswith("hvpop: ")
     assert says in line
 
@@ -132,6 +159,8 @@ def test_a_bad_target_gets_one_line(target: str, says: str) -> None:
     [
         (["--params", "9.*"], "matches no trainable parameter"),
         (["--weights", "train.py"], "cannot be read as weights alone"),
+        (["--weights", "nowhere.pt"], "--weights: there is no file nowhere.pt"),
+        (["--device", "moon"], "--device moon is not to be had here: "),
         (["--which", "XX"], "Invalid value"),
         (["--k", "0"], "Invalid value"),
         (["--matrix", "inverse"], "Invalid value"),
@@ -172,6 +201,10 @@ def test_weights_are_loaded_as_weights_only(target: str, tmp_path: Path) -> None
     there = json.loads(hvpop("spectrum", target, "--json").stdout)
     assert found["provenance"]["parameters"] != there["provenance"]["parameters"]
     assert found["provenance"]["data"] == there["provenance"]["data"]
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "others.pt")
+    result = hvpop("spectrum", target, "--weights", "others.pt")
+    assert result.exit_code == 2
+    assert "hvpop: --weights others.pt does not fit the model: " in result.stderr
     torch.save(H.risk.model, tmp_path / "model.pt")  # a pickle, which could run anything
     assert hvpop("spectrum", target, "--weights", "model.pt").exit_code == 2
 
@@ -189,6 +222,17 @@ def test_a_budget_that_was_too_small_is_a_finding(target: str) -> None:
     result = hvpop("spectrum", target, "--k", "3", "--max-products", "4")
     assert result.exit_code == 1
     assert "finding: eigenvalues: max products" in result.stderr
+    assert "--max-products N allows for more" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "least"), [("spectrum", 4), ("report", 6)])
+def test_a_budget_that_no_number_can_do_with_is_seen_before_anything_runs(
+    target: str, command: str, least: int
+) -> None:
+    result = hvpop(command, target, "--k", "1", "--max-products", str(least - 1))
+    assert result.exit_code == 2
+    assert "running" not in result.stderr
+    assert hvpop(command, target, "--k", "1", "--max-products", str(least)).exit_code == 1
 
 
 def test_compare_says_which_numbers_differ(target: str, tmp_path: Path) -> None:
@@ -201,7 +245,14 @@ def test_compare_says_which_numbers_differ(target: str, tmp_path: Path) -> None:
     other = hvpop("compare", "a.json", "c.json", "--json")
     rows = json.loads(other.stdout)["rows"]
     assert other.exit_code == int(any(row["differs"] for row in rows))
-    assert hvpop("compare", "a.json", "train.py").exit_code == 2
+    for bad, says in (("train.py", "train.py is no JSON: "), ("no.json", "no.json: No such file")):
+        result = hvpop("compare", "a.json", bad)
+        assert result.exit_code == 2
+        assert says in result.stderr
+
+
+def test_the_version_is_told() -> None:
+    assert hvpop("--version").stdout == f"hvpop {__version__}, torch {torch.__version__}\n"
 
 
 def test_an_interrupt_gives_what_there_is_and_says_how_to_go_on(

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvpop import FiniteDifference, ForwardOverReverse, HessianOperator, ReverseOverReverse
+from hvpop import (
+    FiniteDifference,
+    ForwardOverReverse,
+    GaussNewtonOperator,
+    HessianOperator,
+    JacobianOperator,
+    ReverseOverReverse,
+)
 from hvpop.risk import EmpiricalRisk
 from hvpop.strategies import NoSecondDerivativeError
 
@@ -298,3 +305,103 @@ def test_what_function_transforms_differentiate_by_is_the_point_too() -> None:
     with torch.no_grad():
         weight.mul_(0.5)
     assert error(A @ v, expected) < DIFFERENCE
+
+
+# -- Jacobians that authors write ----------------------------------------------------------------------
+
+
+class Hooked(nn.Module):
+    """A layer whose gradients a hook changes."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.hook = nn.Linear(3, 3), hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        if h.requires_grad:
+            h.register_hook(self.hook)
+        return h.tanh()
+
+
+class WrongTangent(Through):
+    """Its jvp says twice what its backward pass does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return 2 * t
+
+
+class Halving(Through):
+    """Half of what its derivative is, as gradients that are scaled down on purpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g / 2
+
+
+WRITTEN: dict[str, Callable[[], nn.Module]] = {
+    "rounding that lets gradients through": lambda: Applied(Through.apply),
+    "gradients that are scaled": lambda: Applied(Halving.apply),
+    "a hook that scales": lambda: Hooked(lambda g: 2 * g),
+}
+
+
+def pulled(net: nn.Module) -> Tensor:
+    """The Jacobian by its rows, each a pull-back."""
+    parameters, rows = list(net.parameters()), []
+    for z in net(X).reshape(-1):
+        found = torch.autograd.grad(z, parameters, retain_graph=True)
+        rows.append(torch.cat([g.reshape(-1) for g in found]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("strategy", [None, ReverseOverReverse()])
+def test_a_jacobian_by_its_authors_will_is_taken_as_it_is_written(name: str, strategy: Any) -> None:
+    net = model(nn.Sequential(nn.Linear(3, 3), WRITTEN[name]()))
+    J, v = pulled(net), random(J_SIZE[name])
+    G = GaussNewtonOperator(net, nn.MSELoss(), [(X, Y)], strategy=strategy)
+    own = JacobianOperator(net, [(X, Y)], strategy=strategy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            assert error(G @ v, 2 / len(J) * J.T @ (J @ v)) < 1e-12
+            assert error(own @ v, J @ v) < 1e-12
+        assert error(own.T @ (own @ v), J.T @ (J @ v)) < 1e-12
+
+
+J_SIZE = dict.fromkeys(WRITTEN, 16) | {"a hook that scales": 28}
+
+
+@pytest.mark.parametrize(
+    ("layer", "strategy"),
+    [
+        (lambda: Applied(Through.apply), FiniteDifference()),
+        (lambda: Applied(Halving.apply), FiniteDifference()),
+        (lambda: Hooked(lambda g: 2 * g), FiniteDifference()),
+        (lambda: Hooked(lambda g: 2 * g), ForwardOverReverse()),
+        (lambda: Applied(WrongTangent.apply), ForwardOverReverse()),
+        (lambda: Hooked(lambda g: g / g.norm()), None),
+    ],
+)
+def test_tangents_of_which_a_pull_back_is_no_transpose_are_refused(
+    layer: Callable[[], nn.Module], strategy: Any
+) -> None:
+    net = model(nn.Sequential(nn.Linear(3, 3), layer()))
+    n = sum(p.numel() for p in net.parameters())
+    G = GaussNewtonOperator(net, nn.MSELoss(), [(X, Y)], strategy=strategy)
+    J = JacobianOperator(net, [(X, Y)], strategy=strategy)
+    for matrix in (G, J):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that differences are taken, which are refused, too
+            with pytest.raises(NoSecondDerivativeError, match="not the transpose of J v"):
+                matrix @ random(n)

@@ -154,6 +154,14 @@ def system(folder: Path, membership: str) -> tuple[str, str]:
     return str(folder / "proc"), str(folder / "mounts")
 
 
+def test_what_torch_has_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second of two linearized operators, made when the first is gone, keeps less."""
+    told = {"mem_get_info": (50, 80), "memory_reserved": 30, "memory_allocated": 10}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 70
+
+
 def test_a_control_group_leaves_its_limit_less_what_cannot_be_reclaimed(tmp_path: Path) -> None:
     files = system(tmp_path, "0::/jobs/one\n")
     group(tmp_path / "mounts" / "jobs" / "one", 1000, 600, 100, version=2)

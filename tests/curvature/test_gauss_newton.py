@@ -387,3 +387,78 @@ def test_a_penalty_beside_a_cross_entropy_is_refused_all_the_same() -> None:
     risk = EmpiricalRisk.from_batch_loss(model, batch_loss, [(X, LABELS)])
     with pytest.raises(ValueError, match="past the outputs of the model"):
         GaussNewtonOperator.from_risk(risk) @ random(43)
+
+
+class DifferentiatedInside(nn.Module):
+    """A model that differentiates, transforms or hooks what it computes, in a way of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.first, self.last = way, nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def field(self, x: Tensor) -> Tensor:
+        return self.last(F.layer_norm(self.first(x), (5,)).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "autograd":
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.field(x).square().sum(), x, create_graph=True)
+            return slope[:, :3]
+        if self.way == "jacobian":
+            return (
+                torch.autograd.functional.jacobian(  # type: ignore[no-any-return]
+                    lambda x: self.field(x).sum(0), x, create_graph=True
+                )
+                .sum(-1)
+                .T
+            )
+        if self.way == "grad":
+            return torch.func.vmap(torch.func.grad(lambda x: self.field(x).sum()))(x)[:, :3]
+        if self.way == "vmap":
+            return torch.func.vmap(self.field)(x)  # type: ignore[no-any-return]
+        h = self.first(x)
+        h.register_hook(lambda g: None)
+        return self.last(h.tanh())
+
+
+@pytest.mark.parametrize("strategy", [None, ReverseOverReverse(), FiniteDifference()])
+@pytest.mark.parametrize("way", ["autograd", "jacobian", "grad", "vmap", "hook"])
+def test_models_that_differentiate_inside_have_the_same_product_live_as_ever(
+    way: str, strategy: Any
+) -> None:
+    model, target = DifferentiatedInside(way).double(), random(6, 3, seed=4)
+    x, v = random(6, 4, seed=5), random(43)
+    G = GaussNewtonOperator(model, nn.MSELoss(), [(x, target)], strategy=strategy)
+    truth = dense_at(model, x) @ v
+    tolerance = DIFFERENCE if isinstance(strategy, FiniteDifference) else EXACT
+    for _ in range(3):  # graphs at first, dual numbers once these are known to be right
+        assert error(G @ v, truth) < tolerance
+    assert error(G.linearize() @ v, truth) < tolerance
+
+
+def dense_at(model: nn.Module, x: Tensor) -> Tensor:
+    """``J' B J`` of a mean square, whose B is ``2 / entries``."""
+    parameters = list(model.parameters())
+    rows = []
+    for z in model(x).reshape(-1):
+        found = torch.autograd.grad(z, parameters, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.reshape(-1) for g in found]))
+    J = torch.stack(rows)
+    return 2 / len(J) * J.T @ J
+
+
+def test_complex_outputs_are_told_to_be_taken_apart() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_complex(self.layer(x).reshape(-1, 2, 2))
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z.abs() - y).square().mean()
+
+    data = [(random(5, 3), random(5, 2, seed=1))]
+    with pytest.raises(ValueError, match=r"let it return torch.view_as_real\(z\)"):
+        GaussNewtonOperator(Complex().double(), loss, data) @ random(16)

@@ -607,3 +607,147 @@ def test_nothing_of_the_users_changes() -> None:
         if g is not None
     )
     assert torch.equal(state, torch.get_rng_state())
+
+
+def averaged_by_hand(z: Tensor, y: Tensor) -> Tensor:
+    kept = (y != -100).to(z)
+    own = z.logsumexp(1) - z.gather(1, y.clamp_min(0)[:, None])[:, 0]
+    return (own * kept).sum() / kept.sum().clamp_min(1)
+
+
+def averaged_by_a_count(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, reduction="sum", ignore_index=-100) / (y != -100).sum()
+
+
+@pytest.mark.parametrize("loss", [averaged_by_hand, averaged_by_a_count])
+@pytest.mark.parametrize("linearized", [False, True])
+def test_a_law_that_holds_of_the_first_batch_is_seen_to_hold_of_others(
+    loss: Any, linearized: bool
+) -> None:
+    model, labels = nn.Linear(3, 4).double(), classes(20, of=4)
+    labels[12:17] = -100  # the first batch has all of its targets
+    data = split((random(20, 3), labels), [10, 10])
+    for kind in (EmpiricalFisherOperator, GradientOperator):
+        matrix: Any = kind(model, loss, data, average=BATCHES)
+        with pytest.raises(ValueError, match="samples' own"):
+            (matrix.linearize() if linearized else matrix) @ random(16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_weights_of_samples_that_are_all_one_in_the_first_batch_stay_what_they_are(
+    scale: float,
+) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return scale * (F.cross_entropy(z, y[:, 0].long(), reduction="none") * y[:, 1]).mean()
+
+    weights = random(20, seed=3).abs()
+    weights[:7] = 1
+    targets = torch.stack([classes(20, of=4).double(), weights], 1)
+    model, X = nn.Linear(3, 4).double(), random(20, 3)
+    G = GradientOperator(model, loss, split((X, targets), [7, 8, 5]))
+    own = [flat(model, loss(model(X[i : i + 1]), targets[i : i + 1])) for i in range(20)]
+    torch.testing.assert_close(G.to_dense(), torch.stack(own), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(G.weights, torch.full((20,), 1 / 20, dtype=torch.float64))
+
+
+def test_rows_of_a_fit_that_leaves_little_are_compared_with_their_own_rounding() -> None:
+    model, X = nn.Linear(3, 4), random(18, 3).float()
+    with torch.no_grad():
+        model.weight.mul_(30)
+        labels = model(X).argmax(1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()
+
+    G = GradientOperator(model, loss, split((X, labels), [7, 6, 5]))
+    exact = copy.deepcopy(model).double()
+    truth = GradientOperator(exact, nn.CrossEntropyLoss(), [(X.double(), labels)]).to_dense()
+    assert error(G.to_dense().double(), truth) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [10, 100, 1000])
+def test_samples_of_which_nothing_but_rounding_is_left_are_not_taken_for_coupled(
+    scale: float, dtype: torch.dtype
+) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return (z.logsumexp(1) - z.gather(1, y[:, None])[:, 0]).mean()
+
+    for seed in range(8):
+        model = nn.Linear(3, 4).to(dtype)
+        n = 5 + 3 * seed
+        with torch.no_grad():
+            model.weight.copy_(scale * random(4, 3, seed=seed))
+            x = random(n, 3, seed=seed + 20).to(dtype)
+            y = model(x).argmax(1)
+        F = EmpiricalFisherOperator(model, loss, [(x, y)])
+        assert (F @ torch.ones(16, dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [[0, 5, 7], [5, 0, 7], [5, 7, 0]])
+@pytest.mark.parametrize("per", ["sample", "term"])
+def test_a_batch_of_no_samples_has_no_rows(sizes: list[int], per: Any) -> None:
+    model, X, y = nn.Linear(3, 4).double(), random(12, 3), classes(12, of=4)
+    for loss, targets in ((nn.CrossEntropyLoss(), y), (nn.MSELoss(), random(12, 4, seed=2))):
+        whole = GradientOperator(model, loss, [(X, targets)], per=per)
+        ragged = GradientOperator(model, loss, split((X, targets), sizes), per=per)
+        assert ragged.shape == whole.shape
+        for one in (ragged, ragged.linearize()):
+            assert error(one.to_dense(), whole.to_dense()) < 1e-14
+            u = random(whole.shape[0], seed=5)
+            assert error(one.T @ u, whole.T @ u) < 1e-14
+        torch.testing.assert_close(ragged.weights, whole.weights)
+
+
+class Squeezed(nn.Module):
+    """Of one sample it gives a number, and no vector of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).squeeze()
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [4, 6, 2], [3, 9]])
+@pytest.mark.parametrize("loss", [nn.MSELoss(), lambda z, y: (z - y).square().mean()])
+def test_a_model_that_squeezes_has_rows(loss: Any, sizes: list[int]) -> None:
+    model, X, y = Squeezed().double(), random(12, 3), random(12, seed=1)
+    own = [flat(model, (model(X[i]) - y[i]).square()) for i in range(12)]
+    G = GradientOperator(model, loss, split((X, y), sizes))
+    for one in (G, G.linearize()):
+        assert error(one.to_dense(), torch.stack(own)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch's, of that sample
+def test_a_last_batch_of_one_that_is_squeezed_has_a_row() -> None:
+    model, X, y = Squeezed().double(), random(12, 3), random(12, seed=1)
+    whole = GradientOperator(model, nn.MSELoss(), [(X, y)])
+    ragged = GradientOperator(model, nn.MSELoss(), split((X, y), [5, 6, 1]))
+    assert error(ragged.to_dense(), whole.to_dense()) < 1e-12
+
+
+def test_a_vector_or_parameter_that_is_no_number_is_named() -> None:
+    model = mlp()
+    G = GradientOperator(model, nn.MSELoss(), split((X, REAL), [1] * 23))
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        G @ torch.full_like(random(43), torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite; the vector it multiplies is not"):
+        G.T @ torch.full((23,), torch.inf, dtype=X.dtype)
+    name, parameter = next(iter(model.named_parameters()))
+    parameter.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"not finite; parameter {name} is not"):
+        G @ random(43)
+
+
+def test_terms_that_are_added_up_and_divided_by_samples_count_a_sample_s_share() -> None:
+    model, X, y = nn.Linear(3, 4).double(), random(12, 3), random(12, 4, seed=1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(z, y, reduction="sum") / len(y)
+
+    own = [flat(model, (model(X) - y).square().reshape(-1)[i]) for i in range(48)]
+    for sizes in ([12], [5, 7]):
+        F_ = EmpiricalFisherOperator(model, loss, split((X, y), sizes), per="term")
+        assert error(F_.to_dense(), sum(torch.outer(g, g) for g in own) / 12) < 1e-12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvpop import Compiled, HessianOperator
+from hvpop import Compiled, ForwardOverReverse, HessianOperator, ReverseOverReverse
 
 from .problems import classes, error, random, set_parameters, split
 
@@ -124,7 +125,8 @@ def test_a_trace_follows_every_change(change: Callable[[Configured], None]) -> N
     assert error(H.linearize() @ v, expected) < TIGHT
 
 
-LEVEL = {"slope": 1.0}
+LEVEL: Any = ModuleType("level")  # whose attributes nobody looks at
+LEVEL.slope = 1.0
 
 
 def test_a_trace_that_cannot_see_what_it_depends_on_is_found_out() -> None:
@@ -134,19 +136,106 @@ def test_a_trace_that_cannot_see_what_it_depends_on_is_found_out() -> None:
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return (LEVEL["slope"] * self.layer(x)).tanh()
+            return (LEVEL.slope * self.layer(x)).tanh()
 
     net = set_parameters(Hidden().double())
     H = HessianOperator(net, nn.CrossEntropyLoss(), DATA[:1], strategy=Compiled(compiler=False))
     v = random(H.shape[1])
     H.linearize() @ v
     try:
-        LEVEL["slope"] = 3.0
+        LEVEL.slope = 3.0
         with pytest.warns(UserWarning, match="is traced anew"):
             product = H.linearize() @ v
         assert error(product, HessianOperator(net, nn.CrossEntropyLoss(), DATA[:1]) @ v) < TIGHT
     finally:
-        LEVEL["slope"] = 1.0
+        LEVEL.slope = 1.0
+
+
+SCALES = {"first": 1.0}
+CALLS: dict[str, int] = {}
+
+
+def scaled(h: Tensor) -> Tensor:
+    return h * SCALES["first"]
+
+
+class Shared(nn.Module):
+    """Of things that belong to nobody's instance."""
+
+    slope = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS["count"] = CALLS.get("count", 0) + 1
+        return self.last(self.act(scaled(self.first(x)) * Shared.slope))
+
+    def act(self, h: Tensor) -> Tensor:
+        return h.tanh()
+
+
+SHARED: dict[str, tuple[Any, Any, Any]] = {
+    "global": (SCALES.__setitem__, "first", 3.0),
+    "class attribute": (lambda *pair: setattr(Shared, *pair), "slope", 3.0),
+    "method": (lambda *pair: setattr(Shared, *pair), "act", lambda self, h: h.sin()),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("way", ["again at each product", "forward mode", "before the first"])
+def test_what_nobody_can_put_back_is_refused_where_it_is_looked_at_again(
+    name: str, way: str
+) -> None:
+    put, key, value = SHARED[name]
+    before = {"first": SCALES["first"], "slope": 1.0, "act": Shared.act}[key]
+    model = set_parameters(Shared().double())
+    strategy = ForwardOverReverse() if way == "forward mode" else None
+    H = HessianOperator(model, nn.CrossEntropyLoss(), DATA, strategy=strategy)
+    v = random(H.shape[1])
+    kept, A = H.linearize(), H.linearize(memory=0)
+    expected = kept @ v
+    if way != "before the first":
+        assert error(A @ v, expected) < TIGHT
+    H @ v  # which counts, and changes no loss
+    if way != "before the first":
+        assert error(A @ v, expected) < TIGHT
+    put(key, value)
+    try:
+        assert error(H @ v, expected) > 0.01
+        if strategy is None:
+            assert error(kept @ v, expected) == 0.0
+        with pytest.raises(RuntimeError, match="has changed since linearize"):
+            A @ v
+    finally:
+        put(key, before)
+    if way != "before the first":
+        assert error(A @ v, expected) < TIGHT
+    assert error(H.linearize(memory=0) @ v, expected) < TIGHT
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * x).tanh()
+
+
+@pytest.mark.parametrize("how", [{}, {"memory": 0}], ids=["kept", "again"])
+@pytest.mark.parametrize("strategy", [None, ReverseOverReverse(), ForwardOverReverse()], ids=repr)
+def test_data_that_is_written_to_in_place_is_named(strategy: Any, how: dict[str, Any]) -> None:
+    data = [(x.clone(), y) for x, y in DATA[:1]]
+    model = set_parameters(Wide().double())
+    H = HessianOperator(model, lambda o, y: F.cross_entropy(o, y), data, strategy=strategy)
+    A, v = H.linearize(**how), random(H.shape[1])
+    A @ v
+    data[0][0].mul_(2.0)
+    with pytest.raises(RuntimeError, match="data of batch 0 has been written to in place"):
+        A @ v
+    assert error(H.linearize() @ v, H @ v) < TIGHT
 
 
 def test_linearize_keeps_nothing_once_it_is_gone() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvpop import HessianOperator, ReverseOverReverse
 
-from .problems import mlp, random, regression, split
+from .problems import error, mlp, random, regression, split
 
 DATA = split(regression(), (10, 10, 3))
 
@@ -61,6 +61,76 @@ def test_a_product_that_is_not_finite_names_the_culprit(
         H @ random(H.shape[1])
     with pytest.raises(FloatingPointError, match=message):
         H @ random(H.shape[1], 2)
+
+
+def zeroed() -> nn.Module:
+    """A model whose outputs are zero."""
+    model = mlp()
+    for p in model[2].parameters():
+        p.data.zero_()
+    return model
+
+
+def fourth_powers(out: Tensor, y: Tensor) -> Tensor:
+    return (torch.linalg.vector_norm(out, 4, dim=1, keepdim=True) ** 4 + out - y).square().mean()
+
+
+def fourth_powers_by_hand(out: Tensor, y: Tensor) -> Tensor:
+    return (out.pow(4).sum(1, keepdim=True) + out - y).square().mean()
+
+
+def masked(out: Tensor, y: Tensor) -> Tensor:
+    hidden = (torch.arange(3) == 0)[:, None].expand(3, 3)
+    scores = (out.T @ out).masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1).nan_to_num() @ out.T).square().mean()
+
+
+def masked_by_hand(out: Tensor, y: Tensor) -> Tensor:
+    return ((out.T @ out)[1:].softmax(-1) @ out.T).square().sum() / y.numel()
+
+
+EXISTS: dict[str, tuple[Any, Any, Any]] = {
+    "a norm that is smooth at zero": (zeroed, fourth_powers, fourth_powers_by_hand),
+    "a row that is masked altogether": (mlp, masked, masked_by_hand),
+}
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize("name", EXISTS)
+def test_a_second_derivative_that_only_torch_has_not_comes_from_differences(
+    name: str, linearized: bool
+) -> None:
+    model, loss, by_hand = EXISTS[name]
+    H: Any = HessianOperator(model(), loss, DATA[:1])
+    H = H.linearize() if linearized else H
+    V = random(H.shape[1], 2)
+    with pytest.warns(UserWarning, match="is not finite.*using FiniteDifference"):
+        product = H @ V
+    expected = HessianOperator(model(), by_hand, DATA[:1]) @ V
+    # Central differences: the square of a step of the cube root of eps, times higher derivatives.
+    assert error(product, expected) < 1e-8
+    assert torch.equal(H @ V, product)
+    G = HessianOperator(model(), loss, DATA[:1], strategy=ReverseOverReverse())
+    with pytest.raises(FloatingPointError, match="the second derivative is not finite"):
+        G @ V
+
+
+def even(out: Tensor, y: Tensor) -> Tensor:
+    """Of a gradient with a kink that is the same on both sides, as central differences are."""
+    return out.norm() * out.sum() + out.square().mean()
+
+
+def homogeneous(out: Tensor, y: Tensor) -> Tensor:
+    """Twice differentiable along each line through the point, and not at it."""
+    a, b = out.sum(0)[:2]
+    return a**2 * b**2 / torch.stack([a, b]).norm() ** 2 + out.square().mean()
+
+
+@pytest.mark.parametrize("loss", [even, homogeneous])
+def test_differences_do_not_serve_where_there_is_no_second_derivative(loss: Any) -> None:
+    H = HessianOperator(zeroed(), loss, DATA[:1])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        H @ random(H.shape[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*batches are run one by one")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -126,3 +128,80 @@ def test_what_is_no_number_is_compared_too() -> None:
     long = [0] * 100_000
     assert settings_of(long) == settings_of(long)
     assert settings_of(long) != settings_of(list(long))
+
+
+SCALES = {"held": [1.0]}
+
+
+class Global:
+    scale = 1.0
+
+
+def scaled(x: Tensor) -> Tensor:
+    return torch.stack([row * SCALES["held"][0] for row in x]) * Global.scale
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = deque([1.0, 3.0])
+        self.act = partial(F.elu, alpha=1.0)
+        self.table = [torch.ones(60, 60, dtype=torch.float64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.turned(self.act(scaled(x) * self.line[0] * self.table[0].mean()))
+
+    def turned(self, x: Tensor) -> Tensor:
+        return x
+
+
+HIDDEN: dict[str, Callable[[Scaled, pytest.MonkeyPatch], Any]] = {
+    "a deque": lambda m, patch: m.line.rotate(1),
+    "keywords of a partial": lambda m, patch: m.act.keywords.update(alpha=3.0),
+    "a table in a list, through data": lambda m, patch: m.table[0].data.mul_(3.0),
+    "a table in a list, through NumPy": lambda m, patch: m.table[0].numpy().fill(3.0),
+    "a global that a helper reads": lambda m, patch: patch.setitem(SCALES, "held", [3.0]),
+    "a class that a helper reads": lambda m, patch: patch.setattr(Global, "scale", 3.0),
+    "a method": lambda m, patch: patch.setattr(Scaled, "turned", lambda self, x: x.sin()),
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+@pytest.mark.parametrize("strategy", [None, Compiled(compiler=False)], ids=["default", "traced"])
+def test_what_a_forward_pass_reads_beside_its_tensors_counts_wherever_it_is(
+    how: str, strategy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 3), Scaled(), nn.Linear(3, 2)).double()
+        batch = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)
+    H = HessianOperator(net, nn.MSELoss(), [batch], strategy=strategy)
+    v = torch.ones(H.shape[0], dtype=torch.float64)
+    A = H.linearize()
+    before, frozen = H @ v, A @ v
+    HIDDEN[how](net[1], monkeypatch)
+    assert not A.is_current()
+    expected = HessianOperator(net, nn.MSELoss(), [batch]) @ v
+    assert error(before, expected) > 1e-3
+    assert error(H @ v, expected) < TIGHT
+    assert error(H.linearize() @ v, expected) < TIGHT
+    assert error(A @ v, frozen) < TIGHT
+
+
+def test_no_storage_of_the_users_is_held_at_its_size() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 3), [torch.ones(3)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.scale[0]
+
+    model, x, y = Model(), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    H = HessianOperator(model, nn.CrossEntropyLoss(), [(x, y)])
+    v = torch.randn(H.shape[1])
+    H.linearize() @ v
+    assert H.linearize(memory=0).is_current()
+    H.report()
+    for tensor in (x, y, v, model.scale[0], model.layer.weight.data):
+        assert tensor.untyped_storage().resizable()

@@ -135,6 +135,47 @@ def test_batches_that_cannot_be_put_together_are_warned_about_once() -> None:
         product(HessianOperator(mlp(), summed, data))
 
 
+def loss_of_pixels(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y, ignore_index=2)
+
+
+@pytest.mark.parametrize("sizes", [((2, 6), (3, 4), (1, 8)), ((2, 4), (3, 4), (1, 8), (2, 6))])
+def test_what_a_call_of_torch_divides_by_weighs_images_of_several_sizes(
+    sizes: tuple[tuple[int, int], ...],
+) -> None:
+    model = set_parameters(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh()).double())
+    data = [
+        (random(b, 1, side, side, seed=side), classes(b * side**2).reshape(b, side, side))
+        for b, side in sizes
+    ]
+    told = HessianOperator(model, nn.CrossEntropyLoss(ignore_index=2), data)
+    H = HessianOperator(model, loss_of_pixels, data)
+    if sizes[0][1] == sizes[1][1]:  # which can be put together, and would be refused
+        H = HessianOperator(model, lambda z, y: F.cross_entropy(z, y), data)
+        told = HessianOperator(model, nn.CrossEntropyLoss(), data)
+    for _ in range(2):
+        assert error(product(H), product(told)) < TIGHT
+    assert error(product(H.linearize()), product(told)) < TIGHT
+
+
+def test_sequences_packed_into_one_count_by_their_tokens() -> None:
+    tokens = [random(1, n, 4, seed=n) for n in (29, 5, 11)]
+    data = [(x, classes(x.shape[1])[None]) for x in tokens]
+
+    class Past(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1).tanh()
+
+    model = set_parameters(nn.Sequential(nn.Linear(4, 5), Past(), nn.Linear(5, 3)).double())
+    H = HessianOperator(model, lambda o, y: F.cross_entropy(o.flatten(0, 1), y.flatten()), data)
+    told = [
+        product(HessianOperator(model, lambda o, y: -likelihoods(o, y).mean(), [b])) for b in data
+    ]
+    found = product(H)
+    expected = sum(x.shape[1] * t for (x, _), t in zip(data, told, strict=True)) / 45
+    assert error(found, torch.as_tensor(expected)) < TIGHT
+
+
 # -- batches of any form -------------------------------------------------------------------------
 
 
@@ -273,6 +314,46 @@ def test_weights_follow_the_loss_and_the_labels(change: Any, plain: bool) -> Non
     assert error(product(H.linearize()), expected) < TIGHT
 
 
+@pytest.mark.parametrize("late", [20, 21, 24])
+def test_a_divisor_that_differs_in_a_late_batch_only_is_found_out(late: int) -> None:
+    data = [(random(4, 4, seed=i), (random(4, 3, seed=i), torch.ones(4))) for i in range(25)]
+    model = mlp()
+    assert error(product(HessianOperator(model, masked, data)), _whole(model, data)) < TIGHT
+    data[late][1][1][1:] = 0  # the tail of sequences sorted by length
+    H = HessianOperator(model, masked, data)
+    for operator in (H, H.linearize()):
+        with pytest.raises(ValueError, match="divides by something else"):
+            product(operator)
+
+
+def _whole(model: nn.Module, data: list[Any]) -> Tensor:
+    batch = (
+        torch.cat([x for x, _ in data]),
+        tuple(torch.cat(t) for t in zip(*(y for _, y in data), strict=True)),
+    )
+    return product(HessianOperator(model, masked, [batch]))
+
+
+def likelihoods(o: Tensor, y: Tensor) -> Tensor:
+    return o.log_softmax(-1).gather(-1, y[..., None])
+
+
+def test_losses_too_much_alike_speak_for_no_weights_but_those_at_work() -> None:
+    tokens = [
+        torch.randint(5, (1, n), generator=torch.Generator().manual_seed(n)) for n in (29, 23)
+    ]
+    data = [(t, t.roll(-1, 1)) for t in tokens]  # packed: a sample each, or as many as tokens
+
+    class Past(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1).tanh()
+
+    model = set_parameters(nn.Sequential(nn.Embedding(5, 4), Past(), nn.Linear(4, 5)).double())
+    H = HessianOperator(model, lambda o, y: -likelihoods(o, y).mean(), data)
+    with pytest.warns(UserWarning, match="cannot be put together"):
+        product(H)
+
+
 def test_a_proof_does_not_outlive_what_it_was_about() -> None:
     how: dict[str, Any] = {"reduction": "mean"}
     array = np.ones(23)
@@ -292,7 +373,11 @@ def test_a_proof_does_not_outlive_what_it_was_about() -> None:
 # -- nothing to differentiate, and loaders of other things than tensors --------------------------
 
 
-@pytest.mark.parametrize("cut", [Tensor.detach, lambda o: o.data], ids=["detach", "data"])
+@pytest.mark.parametrize(
+    "cut",
+    [Tensor.detach, lambda o: o.data, lambda o: o.detach().requires_grad_()],
+    ids=["detach", "data", "a leaf"],
+)
 def test_a_loss_that_no_parameter_reaches_is_refused(cut: Any) -> None:
     H = HessianOperator(mlp(), lambda o, y: mean(cut(o), y), split((X, REAL), SIZES))
     for operator in (H, H.linearize()):
@@ -307,6 +392,19 @@ def test_one_batch_that_no_parameter_reaches_is_an_empty_one() -> None:
         found = product(H)
     alone = product(HessianOperator(mlp(), mean, data[1:]))
     assert error(found, 13 / 23 * alone) < TIGHT
+
+
+@pytest.mark.filterwarnings("ignore:batches are weighted by")
+def test_the_zero_that_stands_for_an_empty_batch_is_no_loss_with_a_hook() -> None:
+    empty = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    data = [(X[:10], REAL[:10]), (X[10:], REAL[10:])]
+    H = HessianOperator(mlp(), lambda o, y: mean(o, y) if len(o) == 13 else empty, data)
+    alone = product(HessianOperator(mlp(), mean, data[1:]))
+    for operator in (H, H.linearize()):
+        assert error(product(operator), 13 / 23 * alone) < TIGHT  # by differences it would be 1e-10
+    constant = HessianOperator(mlp(), lambda o, y: mean(o.detach(), y).requires_grad_(), data)
+    with pytest.raises(ValueError, match="no parameter reaches the loss"):
+        product(constant)
 
 
 def test_loaders_of_arrays_and_lists_that_differ_are_found_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_a_solver_resumes_and_gives_the_same_bits(tmp_path: Path) -> None:
     assert (solved(once_more) == expected).all()
     assert once_more.made == 0
     assert "0 products made" in once_more.report()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_columns_and_transposes_have_entries_of_their_own(tmp_path: Path) -> None:
@@ -101,3 +102,72 @@ def test_a_leader_that_is_killed_goes_on_from_its_journal(tmp_path: Path) -> Non
         assert other.error == "RankLost"
     for found in worlds.all_of(killed, 2, str(tmp_path / "killed"), 0):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("place", [0, 40, 0.3, 0.9, -1])
+def test_a_damaged_product_is_made_again(place: float, tmp_path: Path) -> None:
+    expected = solved(Journal(matrix(), tmp_path))
+    for file in tmp_path.glob("*.pt"):
+        if file.name != "matrix.pt":
+            content = bytearray(file.read_bytes())
+            content[int(place * len(content)) if 0 < place < 1 else int(place)] ^= 0x10
+            file.write_bytes(content)
+    again = Journal(matrix(), tmp_path)
+    assert (solved(again) == expected).all()
+    assert again.made > 0
+    assert again.repeated == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_products_cut_short_are_made_again(share: float, tmp_path: Path) -> None:
+    expected = solved(Journal(matrix(), tmp_path))
+    for file in tmp_path.glob("*.pt"):
+        if file.name != "matrix.pt":
+            content = file.read_bytes()
+            file.write_bytes(content[: int(share * len(content))])
+    assert (solved(Journal(matrix(), tmp_path)) == expected).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"hi", None])
+def test_a_journal_that_does_not_say_of_which_matrix_is_refused(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    solved(Journal(matrix(), tmp_path))
+    file = tmp_path / "matrix.pt"
+    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(ValueError, match=r"matrix\.pt is damaged, .* remove that directory"):
+        Journal(matrix(), tmp_path)
+
+
+def test_products_of_another_matrix_are_not_found_where_its_name_is_gone(tmp_path: Path) -> None:
+    solved(Journal(matrix(), tmp_path))
+    (tmp_path / "matrix.pt").unlink()
+    expected = solved(matrix(1))
+    assert (solved(Journal(matrix(1), tmp_path)) == expected).all()
+
+
+def test_a_journal_that_cannot_be_written_costs_no_result(tmp_path: Path) -> None:
+    expected = solved(matrix())
+    journal = Journal(matrix(), tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.warns(RuntimeWarning, match="Journal goes on, but .* cannot be written") as seen:
+        assert (solved(journal) == expected).all()
+    assert len(seen) == 1
+
+
+def test_a_journal_writes_through_no_link_and_is_private(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "journal"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / f"matrix.{os.getpid()}.partial").symlink_to(victim)  # the name of earlier versions
+    solved(Journal(matrix(), folder))
+    assert victim.read_text() == "precious"
+    assert all(f.stat().st_mode & 0o077 == 0 for f in folder.glob("*.pt"))
+
+
+def test_a_journal_of_what_is_not_finite_or_no_directory_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="a product is not finite"):
+        Journal(Dense(torch.full((2, 2), torch.nan)), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="expects path to be a directory"):
+        Journal(matrix(), tmp_path / "file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -14,18 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from . import dying, worlds
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "distributed_spectrum.py"
 
 
-def started(output: Path) -> subprocess.Popen[Any]:
+def started(restarts: int, *program: str) -> subprocess.Popen[Any]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--max-restarts", "2", str(EXAMPLE), str(output)),
+        *("--max-restarts", str(restarts), *program),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,7 +48,7 @@ def ended(process: subprocess.Popen[Any], seconds: float = 240.0) -> str:
     return str(said)
 
 
-def test_the_example_gives_the_eigenvalues_of_one_process_on_two_and_after_a_kill(
+def test_the_example_gives_the_eigenvalues_of_one_process_on_two_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.util.spec_from_file_location("example_distributed_spectrum", EXAMPLE)
@@ -54,11 +58,7 @@ def test_the_example_gives_the_eigenvalues_of_one_process_on_two_and_after_a_kil
     spec.loader.exec_module(example)
     alone = example.main(str(tmp_path / "alone"))
 
-    assert "5 largest eigenvalues, converged" in ended(started(tmp_path / "whole"))
-    whole = np.load(tmp_path / "whole" / "eigenvalues.npy")
-    np.testing.assert_allclose(whole, alone, rtol=1e-9)
-
-    process = started(tmp_path / "killed")
+    process = started(1, str(EXAMPLE), str(tmp_path / "killed"))
     pid = tmp_path / "killed" / "rank_1.pid"
     checkpoint = tmp_path / "killed" / "eigsh.pt"
     until = time.monotonic() + 120
@@ -67,5 +67,38 @@ def test_the_example_gives_the_eigenvalues_of_one_process_on_two_and_after_a_kil
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(int(pid.read_text()), signal.SIGKILL)
-    ended(process)
-    np.testing.assert_array_equal(np.load(tmp_path / "killed" / "eigenvalues.npy"), whole)
+    assert "5 largest eigenvalues, converged" in ended(process)
+    np.testing.assert_allclose(np.load(tmp_path / "killed" / "eigenvalues.npy"), alone, rtol=1e-9)
+
+
+def undisturbed(folder: Path, how: str) -> np.ndarray:
+    folder.mkdir()
+    first, other = worlds.all_of(dying.eigenvalues, 2, str(folder), how, None)
+    np.testing.assert_array_equal(first, other)
+    return np.asarray(first)
+
+
+def test_processes_killed_at_random_products_find_the_bits_of_an_undisturbed_run(
+    tmp_path: Path,
+) -> None:
+    random = np.random.default_rng(0)
+    plan = [(how, rank, int(random.integers(1, 24))) for rank, how in enumerate(dying.WAYS)]
+    program = ("-m", "tests.distributed.dying", str(tmp_path), json.dumps(plan))
+    ended(started(len(plan), *program))
+    for how in dying.WAYS:
+        expected = undisturbed(tmp_path / f"{how} alone", how)
+        for rank in (0, 1):
+            np.testing.assert_array_equal(np.load(tmp_path / f"{how}_{rank}.npy"), expected)
+
+
+@pytest.mark.parametrize("how", dying.WAYS)
+def test_a_run_that_is_killed_again_and_again_goes_on_past_the_product_where_maps_are_traced(
+    how: str, tmp_path: Path
+) -> None:
+    expected = undisturbed(tmp_path / "alone", how)
+    (folder := tmp_path / "killed").mkdir()
+    for kill in ((0, 5), (1, 17), (1, 3)):  # the second just before, the third after it
+        outcomes = worlds.run(dying.eigenvalues, 2, str(folder), how, kill)
+        assert [o.killed for o in outcomes] == [kill[0] == 0, kill[0] == 1]
+    for found in worlds.all_of(dying.eigenvalues, 2, str(folder), how, None):
+        np.testing.assert_array_equal(found, expected)

@@ -123,3 +123,10 @@ def test_train_mode_and_dropped_samples_are_noted() -> None:
     assert "train mode in 1.1: one mask per batch" in notes
     assert "3 of 23 samples will be missing" in notes
     assert result.healthy
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-25])
+def test_a_product_whose_square_float32_does_not_hold_is_no_random_one(scale: float) -> None:
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    H = HessianOperator(nn.Linear(3, 2), lambda z, y: scale * ((z - y) ** 2).mean(), [(x, y)])
+    assert said(H.check(), "wrong") == ""

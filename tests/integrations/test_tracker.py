@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvpop import Dense, HessianOperator
+from hvpop import Dense, Diagonal, HessianOperator
 from hvpop.integrations import Tracker
 
 
@@ -97,3 +98,26 @@ def test_what_cannot_be_tracked_is_refused() -> None:
         Tracker(Dense(torch.ones(2, 2)))
     with pytest.raises(ValueError, match="Tracker expects k >= 1"):
         Tracker(Dense(torch.ones(2, 2), symmetric=True), k=0)
+
+
+class Stopped(Diagonal):
+    """Ctrl-C at a product."""
+
+    at, count = 0, 0
+
+    def _apply(self, V: Tensor) -> Tensor:
+        self.count += 1
+        if self.count == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return super()._apply(V)
+
+
+@pytest.mark.parametrize("at", [2, 12, 32])
+def test_ctrl_c_in_a_measurement_ends_the_training(at: int) -> None:
+    """What it had found by then would pass for a measurement, and the training go on."""
+    H = Stopped(torch.linspace(1, 100, 300, dtype=torch.float64))
+    H.at = at
+    tracker = Tracker(H, density_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        tracker()
+    assert tracker.history == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
 from hvpop import Dense, Diagonal, layerwise
 from hvpop.report import analyze, compare
+from hvpop.report.ranks import ranks
 from hvpop.spectrum import eigsh, frobenius_norm, spectral_density, trace
 
 from .problems import analysis, operator
@@ -69,6 +71,26 @@ def test_fingerprints_tell_parameters_and_data_apart() -> None:
         H.risk.model[0].bias[0] += 1e-9
     after = analyze(H, parts=[]).provenance
     assert [key for key in before if before[key] != after[key]] == ["parameters"]
+
+
+def test_eigenvalues_are_compared_by_rank_whatever_k_and_which_were() -> None:
+    def found(k: int, which: Any) -> dict[str, Any]:
+        return analyze(operator(), k=k, which=which, parts=["eigenvalues"]).as_dict()
+
+    one = found(2, "LA")
+    for other in (found(4, "LA"), found(3, "BE")):
+        both = compare(one, other)
+        assert [row.name for row in both.rows] == ["eigenvalue 1", "eigenvalue 2"]
+        assert both.differing == ()
+    ends = compare(found(2, "SA"), found(3, "BE"))
+    assert [row.name for row in ends.rows] == ["eigenvalue 2 from below", "eigenvalue 1 from below"]
+    assert ends.differing == ()
+    assert compare(one, found(2, "SA")).rows == ()
+
+
+def test_ranks_by_size_count_from_the_largest_or_from_zero() -> None:
+    assert ranks([-3.0, 1.0, 2.0], "LM") == ["1 by size", "3 by size", "2 by size"]
+    assert ranks([-3.0, 1.0, 2.0], "SM") == ["3 from zero", "1 from zero", "2 from zero"]
 
 
 def test_equal_analyses_do_not_differ_and_another_point_does() -> None:

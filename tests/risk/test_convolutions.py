@@ -274,6 +274,27 @@ def test_every_kind_is_in_the_table() -> None:
     assert set(CONVOLUTIONS) == {*DIRECT, *TRANSPOSED}
 
 
+def test_a_pass_makes_the_convolutions_that_it_asks_for_and_no_others() -> None:
+    """A pull-back's transpose is asked for its cotangent, though its graph leads to the weights, too."""
+    x, w, v = (
+        randn(4, 2, 6, 6).requires_grad_(),
+        randn(3, 2, 3, 3).requires_grad_(),
+        randn(3, 2, 3, 3),
+    )
+    with Rewrites():
+        z = F.conv2d(x.sin(), w)
+    u = torch.ones_like(z).requires_grad_()
+    (pulled,) = torch.autograd.grad(z, w, u, create_graph=True)
+    with torch.profiler.profile() as seen:
+        (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+    calls = [event.name for event in seen.events()]
+    assert calls.count("aten::_convolution") == 1
+    assert calls.count("aten::convolution_backward") == 0
+    torch.testing.assert_close(pushed, F.conv2d(x.sin(), v), rtol=ROUNDING, atol=ROUNDING)
+    both = torch.autograd.grad(pulled, (u, x), v)
+    assert all(bool(t.any()) for t in both)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_operators_of_ordinary_layers_use_them(memory_format: Any) -> None:
     """Layers that need no policies meet the rewrites too: the graph says so."""

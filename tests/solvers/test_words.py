@@ -175,3 +175,31 @@ def test_generators_are_seeds_of_preconditioners() -> None:
     assert torch.equal(*(jacobi(HARD, seed=generator(3)).d for _ in range(2)))
     with pytest.raises(TypeError, match=r"jacobi expects seed as an integer or a torch\.Generator"):
         jacobi(HARD, seed=None)  # type: ignore[arg-type]
+
+
+class Overflowing(Diagonal):
+    """One product of it is too large for its numbers, the ones after it are not."""
+
+    count = 0
+
+    def _apply(self, V: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super()._apply(V) * (torch.inf if self.count == 5 else 1.0)
+
+
+@pytest.mark.parametrize("solve", [cg, minres, lsmr, block_cg])
+def test_one_product_that_overflows_is_no_solution(solve: Any) -> None:
+    """Right: no answer. `lsmr` called it "converged", as 1 / inf is a small step."""
+    A = Overflowing(torch.linspace(1, 10, 200, dtype=torch.float64))
+    b = torch.ones(200, 1, dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match=f"{solve.__name__}.*not finite.*look for"):
+        solve(A, b)
+
+
+def test_no_cure_costs_the_imaginary_part() -> None:
+    A, z = Diagonal(torch.ones(3)), torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"torch\.view_as_real"):
+        A @ z
+    with pytest.raises(TypeError, match=r"torch\.view_as_real"):
+        cg(A, z)
+    assert torch.equal(A @ torch.view_as_real(z), torch.tensor([[1.0, 0.0]] * 3))  # the cure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -16,15 +17,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hvpop import Damped, Dense, Diagonal, FromFunction, Identity, LinearOperator
-from hvpop.spectrum import checkpoint as files
+from hvpop.distributed import Journal
+from hvpop.operators import checkpoint as files
+from hvpop.operators import records
+from hvpop.solvers import matrix_function
 from hvpop.spectrum import (
     diagonal,
     eigsh,
     frobenius_norm,
     logdet,
-    records,
     spectral_density,
     spectral_norm,
     trace,
@@ -93,6 +97,16 @@ def test_a_finished_run_is_not_run_again(name: str, tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_the_bar_of_a_resumed_run_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "state.pt"
+    before = eigsh(A, 4, max_products=20, checkpoint=path)
+    eigsh(A, 4, max_products=500, checkpoint=path, progress=True)
+    counts = re.findall(r"(\d+)/500", capsys.readouterr().err)
+    assert int(counts[0]) == before.products > 0
+
+
 def test_a_spent_budget_can_be_raised(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     assert eigsh(A, 4, max_products=20, checkpoint=path).status == "max products"
@@ -159,6 +173,47 @@ def test_another_operator_is_refused(
     run_with(one, path)  # is still there
 
 
+class Shifted(LinearOperator):
+    """``A + shift I``, composed as users do: a tensor of its own, and a count of its products."""
+
+    def __init__(self, inner: LinearOperator, shift: float) -> None:
+        super().__init__(inner.shape, dtype=inner.torch_dtype, device="cpu", symmetric=True)
+        self.inner, self.shift, self.count = inner, torch.tensor(shift, dtype=F64), 0
+
+    def _children(self) -> tuple[LinearOperator, ...]:
+        return (self.inner,)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        self.count += 1
+        return self.inner @ V + self.shift * V
+
+
+def test_what_a_composite_of_a_users_own_holds_beside_its_parts_counts(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run_with(Shifted(A, 1.0), path)
+    with pytest.raises(ValueError, match="belongs to another operator"):
+        run_with(Shifted(A, 5.0), path)  # was continued: eigenvalues 4 too small
+    with pytest.raises(ValueError, match="belongs to another operator"):
+        run_with(Shifted(A, 1.0 + 1e-9), path)
+
+
+def test_functions_of_one_matrix_are_operators_of_their_own(tmp_path: Path) -> None:
+    path, positive = tmp_path / "state.pt", A @ A + EYE
+    run_with(matrix_function(positive, "sqrt"), path)
+    with pytest.raises(ValueError, match="belongs to another operator"):
+        run_with(matrix_function(positive, "log"), path)
+
+
+def test_an_operator_that_counts_its_products_stays_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    counting = Shifted(A, 1.0)
+    found = run_with(counting, path)
+    assert run_with(counting, path).products == found.products
+    journal = Journal(A, tmp_path / "journal")
+    found = run_with(journal, tmp_path / "journaled.pt")
+    assert run_with(journal, tmp_path / "journaled.pt").products == found.products
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
 def test_rounding_does_not_make_another_operator(precision: torch.dtype, tmp_path: Path) -> None:
     M = matrix(torch.cat([torch.linspace(-1, 1, 119), torch.tensor([1e3])]))[0].to(precision)
@@ -206,7 +261,7 @@ def written(path: Path, content: object) -> bytes:
 def test_a_file_that_is_no_checkpoint_is_refused_and_kept(content: object, tmp_path: Path) -> None:
     path = tmp_path / "thesis.tex"
     before = written(path, content)
-    refusal = r"thesis\.tex is not a checkpoint of hvpop\.spectrum; give another path, or delete the file$"
+    refusal = r"thesis\.tex is not a checkpoint of hvpop; give another path, or delete the file$"
     with pytest.raises(ValueError, match=refusal):
         eigsh(A, 4, checkpoint=path)
     assert path.read_bytes() == before
@@ -437,8 +492,9 @@ def test_of_a_torn_write_the_last_whole_state_is_used(
 def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     path, other = tmp_path / "state.pt", tmp_path / "other.pt"
     script = (
-        "import os, signal, sys, torch; from hvpop import Diagonal; from hvpop.spectrum import eigsh, checkpoint\n"
-        "checkpoint._flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys, torch; from hvpop import Diagonal; from hvpop.operators import replacing\n"
+        "from hvpop.spectrum import eigsh\n"
+        "replacing.flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
         "eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=sys.argv[1])"
     )
     for target in (path, path, other):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from torch import Tensor
 
 from hvpop import Dense, Diagonal, FromFunction, LinearOperator
 from hvpop.spectrum import eigsh
@@ -322,6 +323,36 @@ def test_single_precision_and_half_models_converge() -> None:
     assert eigsh(half, 3).eigenvectors.dtype is torch.float32
 
 
+def test_a_million_entries_in_single_precision_converge_to_the_default_tolerance() -> None:
+    """``8 q q' + 10 p p' + P D P``: ``P`` projects on what is orthogonal to both signs, ``D`` is in [0, 1]."""
+    n = 1_000_000
+    q = 2.0 * torch.randint(0, 2, (n,), generator=generator(0)) - 1.0
+    p = q * torch.tensor([1.0, -1.0]).repeat(n // 2)
+    d = torch.rand(n, generator=generator(1))
+
+    def parts(v: Tensor) -> tuple[Tensor, Tensor]:
+        return (q * v).sum(dtype=F64) / n, (p * v).sum(dtype=F64) / n
+
+    def times(V: Tensor) -> Tensor:
+        v = V[:, 0]
+        a, b = parts(v)
+        y = d * (v - a * q - b * p)
+        c, e = parts(y)
+        return (y + (8 * a - c) * q + (10 * b - e) * p)[:, None]
+
+    A = FromFunction(times, (n, n), dtype=torch.float32, symmetric=True)
+    found = eigsh(A, 2)
+    assert found.status == "converged"
+    eps = torch.finfo(torch.float32).eps
+    # the square of a residual of sqrt(eps) |A| over the gap of two, and the rounding of some products
+    torch.testing.assert_close(
+        found.eigenvalues.double(),
+        torch.tensor([8.0, 10.0], dtype=F64),
+        rtol=0,
+        atol=eps * 10**2 / 2 + 10 * eps * 10,
+    )
+
+
 def test_a_tolerance_below_rounding_is_called_stagnated() -> None:
     M, _ = matrix(SPECTRA["spread"])
     found = eigsh(Dense(M.float(), symmetric=True), 2, rtol=1e-9)
@@ -404,3 +435,13 @@ def test_only_symmetric_hvpop_operators_are_taken() -> None:
         eigsh(Dense(torch.ones(3, 3)), 1)
     with pytest.raises(TypeError, match=r"hvpop.LinearOperator, got ndarray"):
         eigsh(np.ones((3, 3)), 1)  # type: ignore[arg-type]
+
+
+def test_a_start_is_real_and_a_count_is_an_integer() -> None:
+    A = Diagonal(torch.arange(1.0, 21.0, dtype=F64))
+    with pytest.raises(TypeError, match=r"v0 with real numbers, got torch\.complex128"):
+        eigsh(A, 2, v0=torch.ones(20, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"got ndarray; use torch\.as_tensor"):
+        eigsh(A, 2, v0=torch.ones(20).numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="eigsh expects k as an integer, got k=None"):
+        eigsh(A, None)  # type: ignore[arg-type]

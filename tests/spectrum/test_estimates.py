@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,31 @@ def test_bands_of_the_frobenius_norm_cover_it(case: str) -> None:
         torch.linalg.vector_norm(CASES[case]).item(),
     )
     assert COVERED[0] <= hits <= COVERED[1]
+
+
+@pytest.mark.parametrize("case", ["flat", "decaying"])
+def test_bands_of_the_frobenius_norm_of_long_vectors_cover_it(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvpop.spectrum.norms._GROWS", 0)
+    A, truth = dense(CASES[case]), torch.linalg.vector_norm(CASES[case]).item()
+    hits = covered(lambda seed: frobenius_norm(A, rtol=None, max_products=64, seed=seed), truth)
+    assert COVERED[0] <= hits <= COVERED[1]
+
+
+def test_the_frobenius_norm_of_long_vectors_is_exact_on_a_small_range_and_goes_on_from_a_budget(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hvpop.spectrum.norms._GROWS", 0)
+    M = torch.randn(60, 5, dtype=F64, generator=generator(0))
+    found = frobenius_norm(Dense(M @ M[:40].T))
+    assert found.value == pytest.approx(torch.linalg.matrix_norm(M @ M[:40].T).item(), rel=1e-12)
+    A, file = dense(SLOW), tmp_path / "norm.pt"
+    frobenius_norm(A, rtol=None, max_products=40, checkpoint=file)
+    whole = frobenius_norm(A, rtol=None, max_products=70)
+    found = frobenius_norm(A, rtol=None, max_products=70, checkpoint=file)
+    assert found.value == pytest.approx(whole.value, rel=1e-12)
+    assert found.standard_error == pytest.approx(whole.standard_error, rel=1e-9)
 
 
 @pytest.mark.parametrize("case", ["flat", "slow"])
@@ -351,6 +377,11 @@ def test_the_density_of_one_repeated_eigenvalue(value: float) -> None:
         (lambda A: logdet(A), ValueError, "symmetric=False"),
         (lambda A: spectral_density(A), ValueError, "symmetric=False"),
         (lambda A: trace(A.matrix), TypeError, "got Tensor; wrap a matrix in hvpop.Dense"),
+        (
+            lambda A: trace(torch.nn.Linear(2, 1)),
+            TypeError,
+            r"got Linear; .* HessianOperator\(model, ",
+        ),
     ],
 )
 def test_misuse_is_refused(

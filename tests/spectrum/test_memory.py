@@ -14,7 +14,8 @@ SCRIPT = """
 import re, sys, torch
 from hvpop import Damped, Diagonal
 from hvpop.solvers import cg, minres
-from hvpop.spectrum import checkpoint, eigsh, spectral_density, trace
+from hvpop.operators import checkpoint
+from hvpop.spectrum import eigsh, spectral_density, trace
 
 torch.set_num_threads(1)
 checkpoint._PAUSE, checkpoint._SHARE = 0.0, 1e9  # after every step
@@ -47,6 +48,8 @@ CALLS = {
     "trace": ("trace(A, max_products=40)", 1 + 6),
     "spectral_density": ("spectral_density(A, steps=8, max_products=8)", 4),
     "cg": ("cg(A, b, rtol=1e-4, max_steps=30)", 6),
+    "a damped block": ("A @ A.space.random(lambda v: v.fill_(1.0), 8)", 8 + 8),
+    "a block of a sum": ("(A + A) @ A.space.random(lambda v: v.fill_(1.0), 8)", 8 + 2 * 8),
     "minres": ("minres(A, b, rtol=1e-4, max_steps=30)", 11),
 }
 

@@ -178,3 +178,38 @@ def test_the_log_determinant_holds_or_says_that_the_low_end_is_unresolved(
     assert sum(f.low <= truth <= f.high or f.status == "low end unresolved" for f in runs) >= 10
     if dtype is F64:  # wide, but true, where it says so
         assert sum(f.low <= truth <= f.high for f in runs) >= 10
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("diagonal_of", [[1.0, -2.0], [1.0, 1.0, 1.0], [3.0], [5.0, 1e-20, 1e-20]])
+def test_the_interval_of_the_spectral_norm_allows_for_rounding(
+    diagonal_of: list[float], scale: float, dtype: torch.dtype
+) -> None:
+    entries = scale * torch.tensor(diagonal_of, dtype=dtype)
+    found = spectral_norm(Diagonal(entries))
+    assert found.low <= entries.abs().max().item() <= found.high
+    assert found.high - found.low <= 40 * torch.finfo(dtype).eps * found.value
+
+
+@pytest.mark.parametrize("budget", [None, "9", 2.5, True])
+@pytest.mark.parametrize("name", [*ESTIMATES, "spectral norm"])
+def test_a_budget_is_an_integer(name: str, budget: Any) -> None:
+    estimate = {**ESTIMATES, "spectral norm": spectral_norm}[name]
+    with pytest.raises(TypeError, match=r"expects max_products as an integer, got max_products="):
+        estimate(Diagonal(torch.ones(9, dtype=F64)), max_products=budget)
+
+
+def test_the_budget_of_a_spectral_norm_is_its_own() -> None:
+    with pytest.raises(ValueError, match=r"spectral_norm expects max_products >= 2, got .*=1"):
+        spectral_norm(Dense(torch.ones(3, 2)), max_products=1)
+    with pytest.raises(ValueError, match="spectral_norm expects a finite rtol > 0"):
+        spectral_norm(Diagonal(torch.ones(3)), rtol=0.0)
+
+
+def test_a_tolerance_beyond_all_numbers_is_answered_exactly() -> None:
+    """Right: the exact value, for n products. The rounds that sampling would take overflowed."""
+    entries = torch.linspace(1, 10, 200, dtype=F64)
+    found = logdet(Diagonal(entries), rtol=1e-300)
+    assert found.products == 200
+    assert found.low <= entries.log().sum().item() <= found.high

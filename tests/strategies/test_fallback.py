@@ -49,6 +49,35 @@ def test_the_default_falls_back_once_and_says_why() -> None:
     assert H.linearize().report().strategy == "FiniteDifference()"
 
 
+@torch.library.custom_op("hvpop_tests::fourth", mutates_args=())
+def fourth(x: Tensor) -> Tensor:
+    return x**4
+
+
+@torch.library.custom_op("hvpop_tests::fourth_backward", mutates_args=())
+def fourth_backward(g: Tensor, x: Tensor) -> Tensor:
+    return 4 * g * x**3
+
+
+fourth.register_autograd(
+    lambda ctx, g: fourth_backward(g, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_an_op_of_ones_own_whose_backward_is_an_op_without_one_is_stepped_down_from() -> None:
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return (fourth(out) - y).square().mean()
+
+    H = hessian(None, loss)
+    v = random(26)
+    with pytest.warns(UserWarning, match="the op hvpop_tests.fourth_backward.default has no deriv"):
+        found = H @ v
+    assert error(found, hessian(None, lambda out, y: (out**4 - y).square().mean()) @ v) < 1e-6
+    with pytest.raises(NoSecondDerivativeError, match="FiniteDifference"):
+        hessian(ReverseOverReverse(), loss) @ v
+
+
 def test_a_linearized_operator_falls_back_too() -> None:
     A = hessian(None, segments).linearize()
     v = random(26)

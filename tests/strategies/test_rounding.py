@@ -90,3 +90,10 @@ def test_sums_in_another_order_are_within_what_reordering_may_do(dtype: torch.dt
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(100_000, generator=generator, dtype=dtype)
     assert agree([x.sort().values.sum()], [x.sum()], reordered(eps(dtype)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_numbers_whose_squares_float32_does_not_hold_are_told_apart(size: float) -> None:
+    one = torch.tensor([size, size])
+    assert agree([one], [one], 1e-6)
+    assert not agree([2 * one], [one], 1e-6)

@@ -99,7 +99,7 @@ def mixture_density() -> Problem:
     return Problem(mlp(4, 5, 6), regression(4), loss)
 
 
-@case("variational_autoencoder")
+@case("variational_autoencoder", warns="which is an assumption")  # noise for six samples at most
 def variational_autoencoder() -> Problem:
     class Vae(nn.Module):
         noise: Tensor

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ...graph import wanted
+
 SMALL = 2**24
 """Multiplications (of one forward pass) below which torch's own way is taken: there the calls from
 Python cost more than the kernels save. Time of a kept and of a live product of a 3x3 layer, relative
@@ -104,15 +106,15 @@ class PartialDerivative(Function):
         if h is None:
             return None, None, None, None
         (first, second), (a, b) = OTHERS[ctx.role], ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        asked = wanted(ctx)
 
         def by(role: int, given: dict[int, Tensor]) -> Tensor:
             derivative = tracked if torch.is_grad_enabled() else partial_derivative
             left, right = (given[other] for other in OTHERS[role])
             return derivative(left, right, role, ctx.geometry)
 
-        by_a = by(first, {ctx.role: h, second: b}) if wanted[0] else None
-        by_b = by(second, {ctx.role: h, first: a}) if wanted[1] else None
+        by_a = by(first, {ctx.role: h, second: b}) if asked[0] else None
+        by_b = by(second, {ctx.role: h, first: a}) if asked[1] else None
         return by_a, by_b, None, None
 
     @staticmethod

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..operators import Space
+from .space import Space
 
 
 def generator(device: torch.device, *key: object) -> torch.Generator:

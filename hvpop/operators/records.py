@@ -7,13 +7,17 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from .._torch import content
+from .space import Space
 
 MAGIC = b"hvpop checkpoint 4\n"
 _HEAD = struct.Struct(">QQ")  # bytes of the values, bytes of the tensors behind them
@@ -61,9 +65,18 @@ class Stored:
             row += rows
         return out
 
+    def row(self, i: int, out: Tensor) -> None:
+        """The ``i``-th row, in ``out``, contiguous."""
+        for offset, rows in self.places:
+            if i < rows:
+                self.held.file.seek(offset + i * out.nbytes)
+                return self._fill(out)
+            i -= rows
+        raise IndexError(f"{self.shape} has no row {i}")
+
     def _fill(self, piece: Tensor) -> None:
         host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-        if self.held.file.readinto(_bytes(host)) != host.nbytes:
+        if self.held.file.readinto(content(host)) != host.nbytes:
             raise ValueError(f"{self.held.path} ends too early")
         if host is not piece:
             piece.copy_(host)
@@ -71,6 +84,66 @@ class Stored:
     def made(self) -> Tensor:
         """The tensor, in memory of its own."""
         return self.read(torch.empty(self.shape, dtype=self.dtype, device=self.device))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Vectors ``(n, k)`` of which processes hold a part each, written whole, as rows ``(k, N)``."""
+
+    V: Tensor
+    space: Space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.V.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.V.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.V.shape[1], self.space.order
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.V.element_size()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Whole vectors, one after the other, on all processes."""
+        for i in range(self.V.shape[1]):
+            yield self.space.whole(self.V[:, i : i + 1])[:, 0]
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Whole vectors in a file that one process reads, and of which each keeps its part."""
+
+    stored: Stored | None  # where this process reads
+    rows: range
+    space: Space
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.space.order
+
+    def made(self) -> Tensor:
+        """The parts held here, ``(n, k)``."""
+        rows = iter(self.rows)
+
+        def fill(v: Tensor) -> None:
+            i = next(rows)
+            if self.stored is not None:
+                self.stored.row(i, v)
+            self.space.given(v)
+
+        return self.space.random(fill, len(self.rows))
+
+    def read(self, out: Tensor) -> Tensor:
+        """``out``, as many rows ``(k, n)``, filled one by one."""
+        for i in self.rows:
+            out[i] = Dealt(self.stored, range(i, i + 1), self.space).made()[:, 0]
+        return out
 
 
 def joined(parts: list[Stored]) -> Stored:
@@ -89,9 +162,23 @@ class Found:
 
 
 def write(
-    file: BinaryIO, before: bytes, values: dict[str, Any], tensors: dict[str, Tensor]
+    file: BinaryIO, before: bytes, values: dict[str, Any], tensors: Mapping[str, Tensor | Parts]
 ) -> bytes:
     """Write a record behind that with the digest ``before``; returns its own."""
+    stream = pieces(tensors)
+    try:
+        return _written(file, before, values, tensors, stream)
+    finally:
+        deque(stream, maxlen=0)  # others wait until each piece has been asked for
+
+
+def _written(
+    file: BinaryIO,
+    before: bytes,
+    values: dict[str, Any],
+    tensors: Mapping[str, Tensor | Parts],
+    stream: Iterator[Tensor],
+) -> bytes:
     kinds = [
         [name, str(t.dtype), list(t.shape), t.device.type == "cpu"] for name, t in tensors.items()
     ]
@@ -105,11 +192,19 @@ def write(
 
     put(_HEAD.pack(buffer.tell(), sum(t.nbytes for t in tensors.values())))
     put(buffer.getbuffer())
-    for tensor in tensors.values():
-        for piece in tensor.detach().reshape(-1).split(_PIECE):
-            put(_bytes(piece.cpu()))
+    for piece in stream:
+        put(content(piece.cpu()))
     file.write(hashed.digest())
     return hashed.digest()
+
+
+def pieces(tensors: Mapping[str, Tensor | Parts]) -> Iterator[Tensor]:
+    """What is written of some tensors, in order; of `Parts` all processes have to ask for it."""
+    for tensor in tensors.values():
+        if isinstance(tensor, Parts):
+            yield from tensor.pieces()
+        else:
+            yield from tensor.detach().reshape(-1).split(_PIECE)
 
 
 def read(held: Held, device: torch.device) -> tuple[list[Found], int, bytes]:
@@ -168,8 +263,3 @@ def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
         piece = file.read(min(length, _PIECE))
         length -= len(piece)
         yield piece
-
-
-def _bytes(piece: Tensor) -> Any:
-    """The memory of a flat tensor on the host."""
-    return piece.view(torch.uint8).numpy().data
