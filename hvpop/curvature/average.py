@@ -172,10 +172,12 @@ class DataAverage(LinearOperator):
         scale = self.scale(V)
         own = V if scale is None else V / scale
         Y = from_point(self.summed(own).result(), V)
-        if not isfinite(float(Y.sum())) and self._steps_down(own):
-            Y = from_point(self.summed(own).result(), V)
-        Y = self.examined(Y, own)
-        if not Y[:1].any() and not Y.any() and V.any():  # the first row tells nearly always
+        total = float(Y.sum())  # which tells nearly always that there is nothing to look into
+        if not isfinite(total):
+            if self._steps_down(own):
+                Y = from_point(self.summed(own).result(), V)
+            Y = self.examined(Y, own)
+        elif total == 0 and not Y.any() and V.any():
             refuse_unreached(*self._place())
         return Y if scale is None else Y * scale
 
