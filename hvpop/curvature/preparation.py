@@ -68,9 +68,7 @@ class Preparation:
         self._keeping = True
         self._narrowed = sys.maxsize  # columns at once, since memory has run out
         self.terms, self.complete = self._hold()
-        self._versions = [
-            _versions(term) for term in self.terms
-        ]  # those not held follow in a product
+        self._versions = list(map(_versions, self.terms))  # those not held follow in a product
         self.parts: list[Part] = []
         self.tried_tracing = self.traced = False
         self.batches = len(self.terms)  # of the data, as far as a pass has shown

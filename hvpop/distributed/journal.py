@@ -14,7 +14,7 @@ from .._torch import content
 from ..operators import LinearOperator
 from ..operators.algebra import Composite
 from ..operators.records import MAGIC, Held, read, write
-from ..operators.replacing import Place
+from ..operators.replacing import Folder
 
 
 class Journal(Composite):
@@ -74,7 +74,7 @@ class Journal(Composite):
                 f"Journal expects path to be a directory, got the file {self._path}; give it one of its own"
             )
         self._path.mkdir(parents=True, exist_ok=True)
-        self._place = Place(self._path, "journal")
+        self._place = Folder(self._path, "journal")
         self._recognize()
 
     @property

@@ -65,7 +65,7 @@ class Checkpoint:
             self.identity["further operators"] = [structure for structure, _ in others]
             products = sum((found for _, found in others), products)
         self._products = products if self._space.leads else []
-        self._place = replacing.Place(self._target.parent, self._target.name)
+        self._place = replacing.Folder(self._target.parent, self._target.name)
         self._written: _Written | None = None
         self._operator, self._device = A, A.device
         self._uses = expression.uses(A)

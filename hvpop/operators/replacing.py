@@ -18,7 +18,7 @@ _open: set[str] = set()  # the names of files that are being written ...
 _naming = threading.Lock()  # ... complete where this is held
 
 
-class Place:
+class Folder:
     """A folder that files are replaced in, by temporary ones that are private, and known by ``name``."""
 
     def __init__(self, folder: Path, name: str) -> None:
