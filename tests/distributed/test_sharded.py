@@ -110,7 +110,7 @@ def test_systems_are_solved() -> None:
     np.testing.assert_allclose(at(2)[0]["eigsh"][0][0], largest, rtol=1e-10)
 
 
-LONG = 1_000_000  # entries; forty vectors of them take 153 MiB
+LONG = 2_000_000  # entries; forty vectors of them take 305 MiB, beside which pages half full are little
 
 
 def peak(team: Team) -> float:
