@@ -168,6 +168,8 @@ class Linearized(DataAverage):
         if not prepared.is_self_contained():
             self._refuse_another_matrix()
             prepared.refuse_written()
+        else:
+            prepared.refuse_shared()
         self._trace_when_used(prepared)
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self._around():

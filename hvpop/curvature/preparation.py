@@ -14,6 +14,7 @@ from ..risk.merging import concatenated, stacked
 from ..strategies import Compiled, HVPStrategy, LinearMap, Params
 from ..strategies.base import out_of_memory
 from .joining import LIVE_BYTES
+from .lending import Lent, owned, shared_bytes
 from .memory import bytes_of, graph_bytes, map_bytes
 
 Join = Callable[[Sequence[Term]], Term | None]
@@ -68,7 +69,10 @@ class Preparation:
         self._keeping = True
         self._narrowed = sys.maxsize  # columns at once, since memory has run out
         self.terms, self.complete = self._hold()
-        self._versions = list(map(_versions, self.terms))  # those not held follow in a product
+        self._lent = [
+            Lent(t, risk.in_memory) for t in self.terms
+        ]  # those not held follow in a product
+        self._alone: list[tuple[Term, Lent]] = []
         self.parts: list[Part] = []
         self.tried_tracing = self.traced = False
         self.batches = len(self.terms)  # of the data, as far as a pass has shown
@@ -117,6 +121,9 @@ class Preparation:
                 self._joined_bytes += size
                 self.parts.append(Part(group, joined, join, self._kept_map(joined)))
         self._made = None
+        alone = {id(part.held) for part in self.parts}
+        pairs = zip(self.terms, self._lent, strict=False)
+        self._alone = [(term, lent) for term, lent in pairs if id(term) in alone and lent.watched]
 
     def rest(self) -> Iterator[Term]:
         """The batches that do not fit in memory, read again."""
@@ -124,10 +131,10 @@ class Preparation:
             count = len(self.terms)
             with closing(self._risk.terms()) as terms:
                 for term in islice(terms, count, None):
-                    if count == len(self._versions):
-                        self._versions.append(_versions(term))
-                    elif self._risk.in_memory and _versions(term) != self._versions[count]:
-                        raise RuntimeError(_WRITTEN.format(term.label))
+                    if count == len(self._lent):
+                        self._lent.append(Lent(term, self._risk.in_memory))
+                    elif self._risk.in_memory:
+                        self._lent[count].refuse_written(term)
                     count += 1
                     yield term
             self.batches = count
@@ -139,9 +146,13 @@ class Preparation:
 
     def refuse_written(self) -> None:
         """Raise if a batch that is held was written to in place since it was read."""
-        for term, before in zip(self.terms, self._versions, strict=False):
-            if _versions(term) != before:
-                raise RuntimeError(_WRITTEN.format(term.label))
+        for term, lent in zip(self.terms, self._lent, strict=False):
+            lent.refuse_written(term)
+
+    def refuse_shared(self) -> None:
+        """The same of what torch does not see, of batches that are not put together, which copies."""
+        for term, lent in self._alone:
+            lent.refuse_shared(term)
 
     def release(self) -> bool:
         """Give up the last map that is kept, to make room; False if none is."""
@@ -191,7 +202,12 @@ class Preparation:
         held: list[Term] = []
         with closing(self._risk.terms()) as terms:
             for term in terms:
-                size = 0 if self._risk.in_memory else bytes_of(tensors_in(term.data))
+                lent = self._risk.in_memory
+                size = shared_bytes(term) if lent else bytes_of(tensors_in(term.data))
+                if lent and self._held_bytes + size > self._budget:
+                    size = 0  # watched instead, see `Lent`
+                if size and lent:
+                    term = owned(term)
                 if self._held_bytes + size > self._budget:
                     return held, False
                 self._held_bytes += size
@@ -279,20 +295,6 @@ class Preparation:
 def _bytes_held(linear: LinearMap, graph: int) -> int:
     """What a map says that it holds, or else what its graph does."""
     return int(getattr(linear, "residual_bytes", graph))
-
-
-_WRITTEN = (
-    "the data of {} has been written to in place or exchanged since linearize() was called, and is not "
-    "copied, so that the product would be of another matrix; call linearize() again, or write to a clone"
-)
-
-
-def _versions(term: Term) -> list[tuple[int, int]]:
-    """Which tensors, and what they hold; places and seeds, of integers, are made at each pass."""
-    return [
-        (id(t) if t.is_floating_point() else 0, 0 if t.is_inference() else t._version)
-        for t in tensors_in(term.data)
-    ]
 
 
 def _shape(term: Term) -> tuple[object, ...]:

@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvpop import Compiled, ForwardOverReverse, HessianOperator, ReverseOverReverse
+from hvpop import (
+    Compiled,
+    EmpiricalRisk,
+    ForwardOverReverse,
+    HessianOperator,
+    ReverseOverReverse,
+)
 
 from .problems import classes, error, random, set_parameters, split
 
@@ -236,6 +242,49 @@ def test_data_that_is_written_to_in_place_is_named(strategy: Any, how: dict[str,
     with pytest.raises(RuntimeError, match="data of batch 0 has been written to in place"):
         A @ v
     assert error(H.linearize() @ v, H @ v) < TIGHT
+
+
+@pytest.mark.parametrize("how", [{}, {"memory": 0}], ids=["kept", "again"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_data_that_is_written_through_an_ndarray_later_is_named(
+    batches: int, how: dict[str, Any]
+) -> None:
+    data = [(x.clone(), y.clone()) for x, y in DATA[:batches]]
+    model = set_parameters(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double())
+    A = HessianOperator(model, nn.CrossEntropyLoss(), data).linearize(**how)
+    v = random(A.shape[1])
+    before = A @ v
+    seen = data[0][0].numpy()
+    assert torch.equal(A @ v, before)  # to be looked at is not to be written to
+    seen *= 2.0
+    if batches == 1 or how:
+        with pytest.raises(RuntimeError, match="data of batch 0 has been written to in place"):
+            A @ v
+    else:  # batches that run as one are copies
+        assert torch.equal(A @ v, before)
+
+
+@pytest.mark.parametrize("kind", ["tensors of ndarrays", "ndarrays", "in a dict"])
+def test_data_that_ndarrays_share_is_copied(kind: str) -> None:
+    x, y = (t.clone().numpy() for t in DATA[0])
+    model = set_parameters(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double())
+    pair = (torch.from_numpy(x), torch.from_numpy(y))
+    if kind == "tensors of ndarrays":
+        H = HessianOperator(model, nn.CrossEntropyLoss(), [pair])
+    else:
+        batch: Any = {"x": pair[0], "y": pair[1]} if kind == "in a dict" else {"x": x, "y": y}
+        risk = EmpiricalRisk.from_batch_loss(
+            model,
+            lambda m, b: F.cross_entropy(m(torch.as_tensor(b["x"])), torch.as_tensor(b["y"])),
+            [batch],
+        )
+        H = HessianOperator.from_risk(risk)
+    A = H.linearize()
+    v = random(A.shape[1])
+    before = A @ v
+    x *= 2.0
+    assert torch.equal(A @ v, before)
+    assert error(H @ v, before) > 0.01
 
 
 def test_linearize_keeps_nothing_once_it_is_gone() -> None:
