@@ -301,6 +301,14 @@ def is_distributed(tensor: Any) -> bool:
     return _is_a(tensor, "DTensor")
 
 
+def distributed_tensor(whole: torch.Tensor, mesh: Any, placements: Any) -> torch.Tensor:
+    """A DTensor of a tensor that all processes have (since 2.5)."""
+    from torch.distributed.tensor import distribute_tensor
+
+    found: torch.Tensor = distribute_tensor(whole, mesh, placements)
+    return found
+
+
 def resharding(module: Any) -> list[dict[str, Any]]:
     """The switches of an FSDP2 module, of which torch has setters alone."""
     return [

@@ -88,7 +88,8 @@ def require_plain(point: Params) -> None:
             raise TypeError(
                 f"parameter {name} is a {type(parameter.data).__name__}; sharded and other tensor "
                 "subclasses are not supported: gather them into plain tensors first (those of FSDP2 by "
-                "`with hvpop.distributed.gathered(model):`)"
+                "`with hvpop.distributed.gathered(model):`), or multiply in parts by differences of "
+                "gradients, hvpop.distributed.ShardedModelHessian(risk, FiniteDifference())"
             )
 
 

@@ -3,6 +3,7 @@
 from .errors import RankLost, RemoteError
 from .gathering import gathered
 from .journal import Journal
+from .models import ShardedModelHessian
 from .parallel import DataParallel
 from .sharded import Sharded
 from .team import Team, Traffic, init
@@ -13,6 +14,7 @@ __all__ = [
     "RankLost",
     "RemoteError",
     "Sharded",
+    "ShardedModelHessian",
     "Team",
     "Traffic",
     "gathered",

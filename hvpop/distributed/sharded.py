@@ -11,6 +11,7 @@ from torch import Tensor
 from ..operators import BatchForms, LinearOperator, Space
 from ..operators.algebra import Composite
 from ..operators.crossing import working_dtype
+from .models import ShardedModelHessian
 from .team import Team, init
 
 
@@ -75,6 +76,14 @@ class Sharded(Composite):
     _by_parts = True
 
     def _apply(self, V: Tensor) -> Tensor:
+        if isinstance(A := self.parts[0], ShardedModelHessian):
+            Y, space = torch.zeros_like(V), self._space
+            A.multiply(
+                V.shape[1],
+                lambda start, stop, i: space.rows(V[:, i : i + 1], start, stop)[:, 0],
+                lambda start, rows, i: space.put(Y[:, i], start, rows),
+            )
+            return Y
         return self._space.own(self.parts[0]._apply(self._space.whole(V)))
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
@@ -121,20 +130,40 @@ class SharedSpace(Space):
 
     def whole(self, V: Tensor) -> Tensor:
         if self.device.type == "cpu":
-            return self._told_by_each(V)
+            return self.rows(V, 0, self.order)
         part = V.new_zeros(V.shape[1], self._most)
         part[:, : V.shape[0]] = V.T
         parts = self._team.side_by_side(part)  # (size, k, most)
         return parts.transpose(0, 1).reshape(V.shape[1], -1)[:, : self.order].T
 
-    def _told_by_each(self, V: Tensor) -> Tensor:
-        """`whole`, piece by piece into its place: of what it gathers gloo makes a copy for each of its threads."""
-        rows = V.new_empty(V.shape[1], self.order)
-        rows[:, self._rows] = V.T
+    def rows(self, V: Tensor, start: int, stop: int) -> Tensor:
+        """Some rows of whole vectors, on all processes.
+
+        Piece by piece into its place: of what it gathers gloo makes a copy for each of its threads.
+        """
+        rows = V.new_empty(V.shape[1], stop - start)
+        mine = self._overlap(self._team.rank, start, stop)
+        first = self._rows.start
+        rows[:, mine.start - start : mine.stop - start] = V[
+            mine.start - first : mine.stop - first
+        ].T
         for row in rows:
-            for rank, piece in enumerate(row.split(self._most)):
-                self._team.share(piece, rank)
+            for rank in range(self._team.size):
+                its = self._overlap(rank, start, stop)
+                if its.start < its.stop:
+                    self._team.share(row[its.start - start : its.stop - start], rank)
         return rows.T
+
+    def put(self, part: Tensor, start: int, rows: Tensor) -> None:
+        """Into the part of a vector that is held here those of some rows that belong to it."""
+        mine, first = self._overlap(self._team.rank, start, start + len(rows)), self._rows.start
+        part[mine.start - first : mine.stop - first] = rows[mine.start - start : mine.stop - start]
+
+    def _overlap(self, rank: int, start: int, stop: int) -> slice:
+        """Which of some rows a process holds."""
+        begin, end = (min(self.order, r * self._most) for r in (rank, rank + 1))
+        low = min(max(start, begin), max(end, begin))
+        return slice(low, max(low, min(stop, end)))
 
     # -- what processes say -----------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ class EmpiricalRisk:
     def _batches(self) -> Generator[Term, None, None]:
         counted, samples, (rank, ranks) = 0, 0, self._shard
         device = device_of(self._inventory.parameters)
-        weighed = self._weigher.weighed(self._read(), self.model, self._place)
+        weighed = self._weigher.weighed(self.read(), self.model, self._place)
         for i, (batch, weight) in enumerate(weighed):
             if self._positioned:
                 batch = Positioned.at(samples, batch, device)
@@ -194,7 +194,7 @@ class EmpiricalRisk:
         if counted == 0:
             raise NoDataError("all batches have weight 0, so there is nothing to average")
 
-    def _read(self) -> Generator[tuple[Any, Any], None, None]:
+    def read(self) -> Generator[tuple[Any, Any], None, None]:
         """Each batch as the user holds it, if so, and as it is on the device."""
         device = device_of(self._inventory.parameters)
         for batch in self._data:

@@ -98,6 +98,7 @@ def test_a_sharded_model_is_refused_with_what_to_do() -> None:
     for outcome in worlds.run(not_gathered, 2):
         assert outcome.error == "TypeError"
         assert "with hvpop.distributed.gathered(model)" in outcome.message
+        assert "ShardedModelHessian(risk, FiniteDifference())" in outcome.message
 
 
 def test_a_model_that_is_not_sharded_is_left_alone() -> None:

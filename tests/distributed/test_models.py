@@ -1,0 +1,188 @@
+"""Models held in parts and not gathered: differences of gradients, and exact products that stand them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from hvpop import EmpiricalRisk, HessianOperator, Identity
+from hvpop.distributed import Sharded, ShardedModelHessian, Team
+from hvpop.solvers import cg
+from hvpop.strategies import FiniteDifference, ReverseOverReverse
+
+from . import worlds
+from .test_gathered import batches, network, sharded, trained
+
+ERROR = 1e-8
+"""Of differences in float64, relative: eps ** (2 / 3), 4e-11, by what third derivatives and rounding make of it."""
+
+
+def vectors(n: int, k: int) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+
+
+def expected(kind: str, V: Tensor) -> np.ndarray:
+    H = HessianOperator(network(kind), nn.CrossEntropyLoss(), batches(kind))
+    return (H @ V).numpy()
+
+
+def by_differences(team: Team, kind: str, mine: int) -> Any:
+    data = batches(kind)
+    own = data[:mine] if team.rank == 0 else data[mine:]
+    untouched = trained(sharded(kind), data)
+    model = sharded(kind)
+    H = ShardedModelHessian(EmpiricalRisk(model, nn.CrossEntropyLoss(), own), FiniteDifference())
+    V = vectors(H.shape[0], 2)
+    S = Sharded(H)
+    found = {"whole": (H @ V).numpy(), "parts": S.space.whole(S @ S.space.own(V)).numpy()}
+    assert all(p.grad is None for p in model.parameters())
+    steps = trained(model, data)
+    return found, all((a == b).all() for a, b in zip(steps, untouched, strict=True))
+
+
+@pytest.mark.parametrize("mine", [3, 4])  # batches on the first process, of four
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_a_sharded_model_is_differentiated_by_differences_and_trains_on_as_it_would_have(
+    kind: str, mine: int
+) -> None:
+    for found, same in worlds.all_of(by_differences, 2, kind, mine):
+        Z = expected(kind, vectors(sum(p.numel() for p in network(kind).parameters()), 2))
+        for how in ("whole", "parts"):
+            np.testing.assert_allclose(found[how], Z, rtol=0, atol=ERROR * abs(Z).max())
+        assert same
+
+
+def solved(team: Team) -> Any:
+    data = batches("mlp")
+    H = ShardedModelHessian(
+        EmpiricalRisk(
+            sharded("mlp"), nn.MSELoss(), [(x, x[:, :3]) for x, _ in data[team.rank :: 2]]
+        ),
+        FiniteDifference(),
+    )
+    S = Sharded(H)
+    b = S.space.own(vectors(H.shape[0], 1))
+    return S.space.whole(cg(S + 10.0 * Identity.like(S), b, rtol=1e-6).x).numpy()
+
+
+def test_a_solver_of_vectors_in_parts_runs_on_a_model_in_parts() -> None:
+    data = [(x, x[:, :3]) for x, _ in batches("mlp")]
+    H = HessianOperator(network("mlp"), nn.MSELoss(), data)
+    M = H.to_dense() + 10 * torch.eye(H.shape[0], dtype=torch.float64)
+    x = torch.linalg.solve(M, vectors(H.shape[0], 1)).numpy()
+    first, second = worlds.all_of(solved, 2)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, x, rtol=0, atol=1e-5 * abs(x).max())
+
+
+def in_parallel(kind: str) -> nn.Module:
+    """Tensor parallel, in torch's own way; of the transformer the two layers after attention."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = network(kind)
+    plan: Any = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    if kind == "transformer":
+        plan = {"0.linear1": ColwiseParallel(), "0.linear2": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+def tensor_parallel(team: Team, kind: str, exactly: bool) -> Any:
+    model = in_parallel(kind)
+    strategy = ReverseOverReverse() if exactly else FiniteDifference()
+    H = ShardedModelHessian(EmpiricalRisk(model, nn.CrossEntropyLoss(), batches(kind)), strategy)
+    return (H @ vectors(H.shape[0], 2)).numpy()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_a_tensor_parallel_model_is_differentiated_by_differences(kind: str) -> None:
+    Z = expected(kind, vectors(sum(p.numel() for p in network(kind).parameters()), 2))
+    for found in worlds.all_of(tensor_parallel, 2, kind, False):
+        np.testing.assert_allclose(found, Z, rtol=0, atol=ERROR * abs(Z).max())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_exact_products_of_a_tensor_parallel_model_are_right_or_refused_by_parameter(
+    kind: str,
+) -> None:
+    Z = expected(kind, vectors(sum(p.numel() for p in network(kind).parameters()), 2))
+    for outcome in worlds.run(tensor_parallel, 2, kind, True):
+        if outcome.error:
+            assert outcome.error == "TypeError", outcome
+            assert "use FiniteDifference()" in outcome.message
+        else:
+            np.testing.assert_allclose(outcome.value, Z, rtol=0, atol=1e-12 * abs(Z).max())
+
+
+class Wrong(torch.autograd.Function):
+    """A square whose gradient is right, and whose second derivative is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * ctx.saved_tensors[0].detach() * g
+
+
+class Squared(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = Wrong.apply(super().forward(x))
+        return found
+
+
+def test_a_second_derivative_that_differences_do_not_bear_out_is_refused_by_parameter() -> None:
+    torch.manual_seed(0)
+    model = Squared(nn.Linear(4, 3)).double()
+    risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), batches("mlp"))
+    with pytest.raises(TypeError, match=r"0\.weight is off by \d+% from differences"):
+        ShardedModelHessian(risk, ReverseOverReverse()) @ vectors(15, 1)
+
+
+def exactly(team: Team) -> None:
+    risk = EmpiricalRisk(sharded("mlp"), nn.CrossEntropyLoss(), batches("mlp"))
+    ShardedModelHessian(risk, ReverseOverReverse())
+
+
+def test_exact_products_of_a_sharded_model_are_refused_with_both_ways_out() -> None:
+    for outcome in worlds.run(exactly, 2):
+        assert outcome.error == "TypeError"
+        assert "gathered(model)" in outcome.message
+        assert "FiniteDifference()" in outcome.message
+
+
+def test_a_loss_that_does_not_say_what_it_divides_by_is_refused() -> None:
+    risk = EmpiricalRisk(network("mlp"), lambda z, y: (z**2).mean(), batches("mlp"))
+    with pytest.raises(ValueError, match=r"Average\(weight="):
+        ShardedModelHessian(risk, FiniteDifference())
+
+
+def failing(team: Team) -> None:
+    def data() -> Any:
+        yield batches("mlp")[0]
+        if team.rank == 1:
+            raise OSError("no such shard")
+
+    class Data:
+        def __iter__(self) -> Any:
+            return data()
+
+    risk = EmpiricalRisk(sharded("mlp"), nn.CrossEntropyLoss(), Data())
+    H = ShardedModelHessian(risk, FiniteDifference())
+    H @ vectors(H.shape[0], 1)
+
+
+def test_data_that_fail_on_one_process_fail_on_all_and_leave_the_parameters() -> None:
+    for outcome in worlds.run(failing, 2):
+        assert outcome.error == "RemoteError"
+        assert "rank 1 of 2: OSError: no such shard" in outcome.message
