@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvpop.strategies import Params, ReverseOverReverse
 from hvpop.strategies.compiled import Compiled
 from hvpop.strategies.compiling import program as programs
+from hvpop.strategies.compiling.buffers import wait_for_readers
 
 TOLERANCE = 1e-12  # relative; a few thousand roundings of 1e-16 each
 
@@ -471,3 +473,23 @@ def test_without_a_working_compiler_the_traced_graph_serves(
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
         result = H(v)
     assert_same(result, ReverseOverReverse().linearize(fn, params, *batch)(v))
+
+
+def test_what_is_at_hand_is_computed_where_it_is_read() -> None:
+    def product(r: Tensor, v: Tensor) -> Tensor:
+        early = torch.mm(v.t(), r)
+        later = torch.mm(torch.mm(v, r).sin(), r)
+        return later + early + early.t()
+
+    traced = make_fx(product)(torch.eye(3), torch.ones(3, 3))
+    expected = traced(torch.eye(3), torch.arange(9.0).reshape(3, 3))
+    wait_for_readers(traced)
+    traced.graph.lint()
+    names = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+    assert [name.removeprefix("aten.") for name in names[:4]] == [
+        "mm.default",
+        "sin.default",
+        "mm.default",
+        "t.default",
+    ]
+    torch.testing.assert_close(traced(torch.eye(3), torch.arange(9.0).reshape(3, 3)), expected)

@@ -37,6 +37,25 @@ def fuse_additions(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
+def wait_for_readers(graph_module: fx.GraphModule) -> None:
+    """Move what is computed from residuals and v alone to its first reader.
+
+    Traced, half of a backward pass's products come before the forward pass that they do not depend
+    on. Their results would be kept until then, and be out of the cache when they are added to.
+    """
+    graph = graph_module.graph
+    at_hand = set(graph.find_nodes(op="placeholder"))
+    waiting = []
+    for node in graph.nodes:
+        if node.op == "call_function" and at_hand.issuperset(node.all_input_nodes):
+            waiting.append(node)
+            if not _fresh(node):  # a view
+                at_hand.add(node)
+    for node in reversed(waiting):
+        min(node.users).prepend(node)  # nodes compare by place
+    graph_module.recompile()
+
+
 def spell_out_scales(graph_module: fx.GraphModule) -> None:
     """``add(a, b, alpha=c)`` as ``a + c b``.
 

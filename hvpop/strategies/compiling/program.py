@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ... import _torch
 from ..rounding import agree, reordered, rounding
-from .buffers import fuse_additions, reuse_buffers, spell_out_scales
+from .buffers import fuse_additions, reuse_buffers, spell_out_scales, wait_for_readers
 from .simplifying import simplify
 from .splitting import split
 from .tracing import trace
@@ -131,6 +131,7 @@ class Program:
 
 def _interpreted(product: fx.GraphModule) -> Run:
     copy = _copy(product)
+    wait_for_readers(copy)
     fuse_additions(copy)
     reuse_buffers(copy)
     return copy.forward
@@ -140,6 +141,7 @@ def _compiled(product: fx.GraphModule, arguments: Sequence[Tensor]) -> Run:
     # Not torch.compile: the graph is traced already, and checking the guards on some hundred
     # arguments at every call costs more than a small product.
     copy = _copy(product)
+    wait_for_readers(copy)
     spell_out_scales(copy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch
