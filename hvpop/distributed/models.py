@@ -57,7 +57,9 @@ class ShardedModelHessian(LinearOperator):
     -----
     Under FSDP2 exact products come of ``with gathered(model):``, where a whole model fits. A process that
     fails within the model leaves the others in the model's own collectives, until their timeout.
-    Memory beside the model: two of the parts held here, and the largest parameter.
+    Memory beside the model, by count: about five times the parts held here, and the largest parameter.
+    A MixedPrecisionPolicy in half precision or a divisor of gradients of one's own is not looked for:
+    products would be rounding, or off by a factor.
 
     Examples
     --------
