@@ -323,13 +323,30 @@ def set_resharding(module: Any, switches: list[dict[str, Any]]) -> None:
         vars(part).update(values)
 
 
+_DIVISORS = ("gradient_divide_factor", "reduce_scatter_reduce_op")
+"""Of gradients, if not by the number of processes: the second is the first in 2.6."""
+
 _SWITCHES = (
     "_auto_reshard_after_forward",
     "post_forward_mesh_info",
     "reshard_after_backward",
     "reduce_grads",
     "all_reduce_grads",
+    *_DIVISORS,
 )
+
+
+def divide_by_processes(module: Any) -> None:
+    """Let gradients be averages over processes, whatever the user divides them by."""
+    for part in _fsdp_parts(module):
+        vars(part).update({name: None for name in _DIVISORS if name in vars(part)})
+
+
+def halves(module: Any) -> bool:
+    """Whether an FSDP2 module computes or reduces in half precision."""
+    policies = [getattr(part, "mp_policy", None) for part in _fsdp_parts(module)]
+    kinds = [getattr(p, name, None) for p in policies for name in ("param_dtype", "reduce_dtype")]
+    return any(kind is not None and torch.finfo(kind).bits < 32 for kind in kinds)
 
 
 def _fsdp_parts(module: Any) -> list[Any]:

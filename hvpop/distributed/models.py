@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
@@ -51,15 +51,16 @@ class ShardedModelHessian(LinearOperator):
         For another strategy, for exact ones under FSDP2, for parameters of which torch's exact second
         derivatives are not what differences of gradients say, and for half precision.
     ValueError
-        For a loss that does not say what it divides by.
+        For a loss that does not say what it divides by, and a model spread over some processes only.
+    FloatingPointError
+        On all processes, for a product that is not finite.
 
     Notes
     -----
     Under FSDP2 exact products come of ``with gathered(model):``, where a whole model fits. A process that
     fails within the model leaves the others in the model's own collectives, until their timeout.
     Memory beside the model, by count: about five times the parts held here, and the largest parameter.
-    A MixedPrecisionPolicy in half precision or a divisor of gradients of one's own is not looked for:
-    products would be rounding, or off by a factor.
+    Divisors of gradients that the user has set are put aside meanwhile.
 
     Examples
     --------
@@ -95,6 +96,11 @@ class ShardedModelHessian(LinearOperator):
                 "torch; take them whole, `with hvpop.distributed.gathered(model):`, or pass "
                 "FiniteDifference() for differences of gradients"
             )
+        if any(map(_torch.halves, self._fsdp)):
+            raise TypeError(
+                "ShardedModelHessian: differences of gradients in half precision are rounding; call "
+                "fully_shard without a MixedPrecisionPolicy in half precision"
+            )
         for part in self._fsdp:
             part.reshard()
         point = risk.parameters()
@@ -118,6 +124,14 @@ class ShardedModelHessian(LinearOperator):
         self._weight: Callable[[Any], float] = rule
         self.risk, self.strategy = risk, strategy
         self.team = init() if team is None else team
+        for name, p in point.items():
+            known: Any = p
+            if _torch.is_distributed(p) and known.device_mesh.size() != self.team.size:
+                raise ValueError(
+                    f"ShardedModelHessian: {name} is spread over {known.device_mesh.size()} of "
+                    f"{self.team.size} processes, whose parts would be averaged with others'; shard "
+                    "the model over all processes of the team"
+                )
         self._layout = layout_of(point)
         n = self._layout.size
         first = next(iter(point.values()))
@@ -156,6 +170,11 @@ class ShardedModelHessian(LinearOperator):
                 for (start, stop), (name, p) in self._pieces()
             }
             result = guarded(lambda v=v: self._product(v))  # type: ignore[misc]
+            if not isfinite(_norm(result)):  # of all parts: the same on all processes
+                raise FloatingPointError(
+                    f"{self!r}: a product is not finite; look for non-finite entries in the model and "
+                    "the data of each process"
+                )
             for (start, _), (name, _) in self._pieces():
                 put(start, _whole(result.pop(name)).reshape(-1), i)
 
@@ -357,6 +376,7 @@ class _Trained(Exchange):
             self._noted(part.reshard)
             part.set_reshard_after_backward(True, recurse=False)
             part.set_requires_gradient_sync(True, recurse=False)
+            _torch.divide_by_processes(part)
 
 
 class _Buffers(Exchange):

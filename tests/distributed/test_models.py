@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 
-from hvpop import EmpiricalRisk, HessianOperator, Identity
+from hvpop import EmpiricalRisk, HessianOperator, Identity, _torch
 from hvpop.distributed import Sharded, ShardedModelHessian, Team
 from hvpop.solvers import cg
 from hvpop.strategies import FiniteDifference, ReverseOverReverse
@@ -186,3 +187,51 @@ def test_data_that_fail_on_one_process_fail_on_all_and_leave_the_parameters() ->
     for outcome in worlds.run(failing, 2):
         assert outcome.error == "RemoteError"
         assert "rank 1 of 2: OSError: no such shard" in outcome.message
+
+
+def divided(team: Team) -> Any:
+    model = sharded("mlp")
+    for part in model.modules():
+        if _torch.is_fsdp2(part):
+            named = "set_gradient_divide_factor"  # since 2.8
+            getattr(part, named, getattr(part, "set_reduce_scatter_divide_factor", None))(1.0)
+    parts = [part for part in model.modules() if _torch.is_fsdp2(part)]
+    before = list(map(_torch.resharding, parts))
+    mine = batches("mlp")[team.rank :: 2]
+    H = ShardedModelHessian(EmpiricalRisk(model, nn.CrossEntropyLoss(), mine), FiniteDifference())
+    found = (H @ vectors(H.shape[0], 1)).numpy()
+    return found, list(map(_torch.resharding, parts)) == before
+
+
+def test_a_divisor_of_gradients_is_put_aside_and_put_back() -> None:
+    for found, same in worlds.all_of(divided, 2):
+        Z = expected("mlp", vectors(len(found), 1))
+        np.testing.assert_allclose(found, Z, rtol=0, atol=ERROR * abs(Z).max())
+        assert same
+
+
+def refused(team: Team, how: str) -> None:
+    data, settings = batches("mlp")[team.rank :: 2], {}
+    mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("both", "one"))
+    if how == "nan" and team.rank == 1:
+        data[0][0][0, 0] = torch.nan
+    if how == "half":
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    mesh = mesh["one" if how == "some" else "both"]
+    model = fully_shard(network("mlp"), mesh=mesh, **settings)
+    H = ShardedModelHessian(EmpiricalRisk(model, nn.CrossEntropyLoss(), data), FiniteDifference())
+    H @ vectors(H.shape[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ("nan", "FloatingPointError", "a product is not finite"),
+        ("half", "TypeError", "without a MixedPrecisionPolicy in half precision"),
+        ("some", "ValueError", "is spread over 1 of 2 processes"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused_on_all(how: str, error: str, said: str) -> None:
+    for outcome in worlds.run(refused, 2, how):
+        assert outcome.error == error
+        assert said in outcome.message
