@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _torch
 from ..risk import Term
 from ..risk.batches import DESCEND, arrays_in, mapped, tensors_in
+from ..risk.fingerprint import checksum
 from .memory import bytes_of
 
-WRITTEN = (
+_WRITTEN = (
     "the data of {} has been written to in place or exchanged since linearize() was called, and is not "
     "copied, so that the product would be of another matrix; call linearize() again, or write to a clone"
 )
@@ -29,7 +27,7 @@ class Lent:
     def __init__(self, term: Term, in_memory: bool) -> None:
         self._versions = _versions(term)
         arrays = arrays_in(term.data) if in_memory else []
-        self._contents = [(array, _checksum(array)) for array in arrays if _plain(array)]
+        self._contents = [(array, checksum(array)) for array in arrays if _plain(array)]
         self._storages = [a.untyped_storage() for a, _ in self._contents if isinstance(a, Tensor)]
         self._always = any(isinstance(a, np.ndarray) for a, _ in self._contents)
 
@@ -41,15 +39,15 @@ class Lent:
     def refuse_written(self, term: Term) -> None:
         """Raise if the batch is another one by now."""
         if _versions(term) != self._versions:
-            raise RuntimeError(WRITTEN.format(term.label))
+            raise RuntimeError(_WRITTEN.format(term.label))
         self.refuse_shared(term)
 
     def refuse_shared(self, term: Term) -> None:
         """Raise if something was written through an ndarray."""
         if not self._always and all(map(torch.UntypedStorage.resizable, self._storages)):
             return
-        if any(_shared(array) and _checksum(array) != before for array, before in self._contents):
-            raise RuntimeError(WRITTEN.format(term.label))
+        if any(_shared(array) and checksum(array) != before for array, before in self._contents):
+            raise RuntimeError(_WRITTEN.format(term.label))
 
 
 def shared_bytes(term: Term) -> int:
@@ -81,12 +79,6 @@ def _plain(array: Tensor | np.ndarray) -> bool:
 
 def _shared(array: Tensor | np.ndarray) -> bool:
     return isinstance(array, np.ndarray) or not array.untyped_storage().resizable()
-
-
-def _checksum(array: Tensor | np.ndarray) -> int:
-    if isinstance(array, np.ndarray):
-        return zlib.crc32(np.ascontiguousarray(array).data)
-    return zlib.crc32(_torch.content(array.detach().resolve_conj().resolve_neg().contiguous()))
 
 
 def _versions(term: Term) -> list[tuple[int, int]]:

@@ -69,9 +69,8 @@ class Preparation:
         self._keeping = True
         self._narrowed = sys.maxsize  # columns at once, since memory has run out
         self.terms, self.complete = self._hold()
-        self._lent = [
-            Lent(t, risk.in_memory) for t in self.terms
-        ]  # those not held follow in a product
+        # those not held follow in a product
+        self._lent = [Lent(term, risk.in_memory) for term in self.terms]
         self._alone: list[tuple[Term, Lent]] = []
         self.parts: list[Part] = []
         self.tried_tracing = self.traced = False
@@ -202,12 +201,12 @@ class Preparation:
         held: list[Term] = []
         with closing(self._risk.terms()) as terms:
             for term in terms:
-                lent = self._risk.in_memory
-                size = shared_bytes(term) if lent else bytes_of(tensors_in(term.data))
-                if lent and self._held_bytes + size > self._budget:
-                    size = 0  # watched instead, see `Lent`
-                if size and lent:
+                if not self._risk.in_memory:
+                    size = bytes_of(tensors_in(term.data))
+                elif (size := shared_bytes(term)) and self._held_bytes + size <= self._budget:
                     term = owned(term)
+                else:
+                    size = 0  # the user's, and watched: see `Lent`
                 if self._held_bytes + size > self._budget:
                     return held, False
                 self._held_bytes += size

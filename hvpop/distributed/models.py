@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import isfinite, sqrt
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import _torch
 from ..curvature.space import layout_of
 from ..exchange import Exchange, Ungraded, guarded
-from ..operators import Layout, LinearOperator
+from ..operators import Layout, LinearOperator, Space
 from ..risk import EmpiricalRisk
 from ..risk.batches import NoDataError
 from ..risk.losses import rule_of, scalar
@@ -20,6 +21,7 @@ from ..risk.policies import TwiceDifferentiable
 from ..risk.randomness import private_rng
 from ..strategies import FiniteDifference, HVPStrategy, ReverseOverReverse
 from ..strategies.base import grad_enabled
+from ..strategies.rounding import rounding
 from .errors import RemoteError, words
 from .team import Team, init
 
@@ -103,8 +105,10 @@ class ShardedModelHessian(LinearOperator):
             )
         for part in self._fsdp:
             part.reshard()
+        self.team = init() if team is None else team
         point = risk.parameters()
         for name, p in point.items():
+            known: Any = p
             if torch.finfo(p.dtype).bits < 32:
                 raise TypeError(
                     f"ShardedModelHessian needs float32 or float64 parameters, got {name} in {p.dtype}"
@@ -113,6 +117,12 @@ class ShardedModelHessian(LinearOperator):
                 raise TypeError(
                     f"ShardedModelHessian: {name} is no part of what fully_shard was called on, and its "
                     "gradient would be that of one process; leave it out by params="
+                )
+            if _torch.is_distributed(p) and known.device_mesh.size() != self.team.size:
+                raise ValueError(
+                    f"ShardedModelHessian: {name} is spread over {known.device_mesh.size()} of "
+                    f"{self.team.size} processes, whose parts would be averaged with others'; shard "
+                    "the model over all processes of the team"
                 )
         rule = risk.average.weight or rule_of(risk.batch_loss, risk.model)
         if rule is None:
@@ -123,15 +133,6 @@ class ShardedModelHessian(LinearOperator):
             )
         self._weight: Callable[[Any], float] = rule
         self.risk, self.strategy = risk, strategy
-        self.team = init() if team is None else team
-        for name, p in point.items():
-            known: Any = p
-            if _torch.is_distributed(p) and known.device_mesh.size() != self.team.size:
-                raise ValueError(
-                    f"ShardedModelHessian: {name} is spread over {known.device_mesh.size()} of "
-                    f"{self.team.size} processes, whose parts would be averaged with others'; shard "
-                    "the model over all processes of the team"
-                )
         self._layout = layout_of(point)
         n = self._layout.size
         first = next(iter(point.values()))
@@ -146,37 +147,28 @@ class ShardedModelHessian(LinearOperator):
     # -- products ---------------------------------------------------------------------------------
 
     def _apply(self, V: Tensor) -> Tensor:
-        Y = torch.empty_like(V)
+        return self.multiply(V, Space.of(V))
 
-        def put(start: int, rows: Tensor, column: int) -> None:
-            Y[start : start + len(rows), column] = rows.to(V)
-
-        self.multiply(V.shape[1], lambda start, stop, i: V[start:stop, i], put)
-        return Y
-
-    def multiply(
-        self,
-        columns: int,
-        rows: Callable[[int, int, int], Tensor],
-        put: Callable[[int, Tensor, int], None],
-    ) -> None:
-        """Products with vectors of which one parameter's rows at a time are looked at, on all processes."""
+    def multiply(self, V: Tensor, space: Space) -> Tensor:
+        """The products with vectors as ``space`` holds them, of which one parameter's rows at a time are whole."""
         if not self._proven:
             guarded(self._prove)
             self._proven = True
-        for i in range(columns):
+        Y = torch.empty_like(V)
+        for x, y in zip(V.T.split(1), Y.T.split(1), strict=True):
             v = {
-                name: _like(rows(start, stop, i).reshape(p.shape), p)
+                name: _like(space.rows(x.T, start, stop).reshape(p.shape), p)
                 for (start, stop), (name, p) in self._pieces()
             }
-            result = guarded(lambda v=v: self._product(v))  # type: ignore[misc]
+            result = guarded(partial(self._product, v))
             if not isfinite(_norm(result)):  # of all parts: the same on all processes
                 raise FloatingPointError(
                     f"{self!r}: a product is not finite; look for non-finite entries in the model and "
                     "the data of each process"
                 )
             for (start, _), (name, _) in self._pieces():
-                put(start, _whole(result.pop(name)).reshape(-1), i)
+                space.put(y.T, start, _whole(result.pop(name)).reshape(-1, 1))
+        return Y
 
     def _pieces(self) -> Iterator[tuple[tuple[int, int], tuple[str, Tensor]]]:
         start = 0
@@ -189,22 +181,22 @@ class ShardedModelHessian(LinearOperator):
             return self._difference(v)[0]
         return self._exact(v)
 
-    def _difference(self, v: Parts) -> tuple[Parts, float]:
-        """The product, and by how much its rounding may be off."""
+    def _difference(self, v: Parts) -> tuple[Parts, Parts, float]:
+        """The product, a gradient, and the step between: the quotient of the last two rounds."""
         point = self.risk.parameters()
         length = _norm(v)
         if length == 0:
-            return {name: torch.zeros_like(p) for name, p in point.items()}, 0.0
-        eps = max(torch.finfo(p.dtype).eps for p in point.values())
-        step: float = getattr(self.strategy, "step", None) or eps ** (1 / 3)
+            nothing = {name: torch.zeros_like(p) for name, p in point.items()}
+            return nothing, nothing, 1.0
+        step: float = getattr(self.strategy, "step", None) or rounding(point.values()) ** (1 / 3)
         h = step * max(_norm(point), 1.0) / length
-        with _Moved(point) as moved, _Trained(self._fsdp):
+        moved = _Moved(point)
+        with moved, _Trained(self._fsdp):
             moved.by(v, h)
             ahead = self._gradient(point)
             moved.by(v, -h)
             behind = self._gradient(point)
-        found = {name: (ahead[name] - behind[name]) / (2 * h) for name in point}
-        return found, eps * _norm(ahead) / h
+        return {name: (ahead[name] - behind[name]) / (2 * h) for name in point}, ahead, h
 
     def _gradient(self, point: Parts) -> Parts:
         """That of the average over the batches of all processes, by ``backward()``."""
@@ -322,11 +314,12 @@ class ShardedModelHessian(LinearOperator):
         )
         said = "use FiniteDifference(), or a whole copy of the model"
         Hu, Hv = self._exact(u), self._exact(v)
-        expected, rounding = self._difference(v)
-        tolerance = max(torch.finfo(p.dtype).eps for p in point.values()) ** (1 / 3)
+        expected, gradient, h = self._difference(v)
+        eps = rounding(point.values())
+        tolerance, noise = eps ** (1 / 3), eps * _norm(gradient) / h
         for name in point:
             off, size = _norm({name: Hv[name] - expected[name]}), _norm({name: expected[name]})
-            if not off <= tolerance * size + rounding:
+            if not off <= tolerance * size + noise:
                 raise TypeError(
                     f"{self!r}: torch's second derivative by {name} is off by {off / max(size, off):.0%} "
                     f"from differences of gradients, as of tensor-parallel layers it may be; {said}"
@@ -348,10 +341,6 @@ class _Moved(Exchange):
         super().__init__()
         self._parts = {name: _local(p) for name, p in point.items()}
         self._kept: Parts = {}
-
-    def __enter__(self) -> _Moved:  # type: ignore[override]
-        super().__enter__()
-        return self
 
     def _change(self) -> None:
         for name, part in self._parts.items():

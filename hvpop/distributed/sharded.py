@@ -77,13 +77,7 @@ class Sharded(Composite):
 
     def _apply(self, V: Tensor) -> Tensor:
         if isinstance(A := self.parts[0], ShardedModelHessian):
-            Y, space = torch.zeros_like(V), self._space
-            A.multiply(
-                V.shape[1],
-                lambda start, stop, i: space.rows(V[:, i : i + 1], start, stop)[:, 0],
-                lambda start, rows, i: space.put(Y[:, i], start, rows),
-            )
-            return Y
+            return A.multiply(V, self._space)
         return self._space.own(self.parts[0]._apply(self._space.whole(V)))
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
@@ -154,10 +148,9 @@ class SharedSpace(Space):
                     self._team.share(row[its.start - start : its.stop - start], rank)
         return rows.T
 
-    def put(self, part: Tensor, start: int, rows: Tensor) -> None:
-        """Into the part of a vector that is held here those of some rows that belong to it."""
+    def put(self, V: Tensor, start: int, rows: Tensor) -> None:
         mine, first = self._overlap(self._team.rank, start, start + len(rows)), self._rows.start
-        part[mine.start - first : mine.stop - first] = rows[mine.start - start : mine.stop - start]
+        V[mine.start - first : mine.stop - first] = rows[mine.start - start : mine.stop - start]
 
     def _overlap(self, rank: int, start: int, stop: int) -> slice:
         """Which of some rows a process holds."""

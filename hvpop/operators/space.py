@@ -91,6 +91,14 @@ class Space:
         """Whole vectors ``(N, k)`` from the parts of them that are held here and elsewhere."""
         return V
 
+    def rows(self, V: Tensor, start: int, stop: int) -> Tensor:
+        """Some rows of `whole`, on all processes."""
+        return V[start:stop]
+
+    def put(self, V: Tensor, start: int, rows: Tensor) -> None:
+        """Set those of some rows of whole vectors that are held here, in ``V``."""
+        V[start : start + len(rows)] = rows
+
     # -- what processes say, where vectors are held by several -------------------------------------
 
     leads = True

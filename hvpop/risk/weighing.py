@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._torch import content
 from ..exchange import Exchange
 from ..graph import is_alone
 from ..interception import Table
@@ -22,6 +20,7 @@ from ..marker import Cut, Cutting
 from .averaging import Average
 from .batches import arrays_inside
 from .divisors import DivisorWatch
+from .fingerprint import checksum
 from .laws import Pair, divisor
 from .losses import BatchLoss, checked_batch_loss, guesses_of, rule_of, weight_of
 from .samples import READINGS, Reading
@@ -493,10 +492,10 @@ def _glance(array: Tensor | np.ndarray) -> Any:
             return place
         if array.nbytes > SMALL:
             return place
-        return place, zlib.crc32(content(array.detach().contiguous()))
+        return place, checksum(array)
     if array.nbytes > SMALL or array.dtype.hasobject:
         return id(array), array.shape
-    return id(array), zlib.crc32(np.ascontiguousarray(array).data)
+    return id(array), checksum(array)
 
 
 def _shapes(batch: Any) -> tuple[Any, ...]:

@@ -131,7 +131,6 @@ class Program:
 
 def _interpreted(product: fx.GraphModule) -> Run:
     copy = _copy(product)
-    wait_for_readers(copy)
     fuse_additions(copy)
     reuse_buffers(copy)
     return copy.forward
@@ -141,7 +140,6 @@ def _compiled(product: fx.GraphModule, arguments: Sequence[Tensor]) -> Run:
     # Not torch.compile: the graph is traced already, and checking the guards on some hundred
     # arguments at every call costs more than a small product.
     copy = _copy(product)
-    wait_for_readers(copy)
     spell_out_scales(copy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch
@@ -150,9 +148,12 @@ def _compiled(product: fx.GraphModule, arguments: Sequence[Tensor]) -> Run:
 
 
 def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """To be made into an implementation, in the order that all of them run in."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
-    return fx.GraphModule(graph_module, graph)
+    copy = fx.GraphModule(graph_module, graph)
+    wait_for_readers(copy)
+    return copy
 
 
 def _seconds(run: Run, arguments: Sequence[Tensor]) -> float:
