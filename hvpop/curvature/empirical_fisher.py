@@ -11,7 +11,8 @@ from ..risk.losses import Loss
 from ..strategies import HVPStrategy
 from ..strategies.through_outputs import ThroughOutputs
 from .live import Live
-from .rows import Per, SecondMoment, Terms
+from .rows import SecondMoment
+from .terms import Per, Terms
 
 
 class EmpiricalFisherOperator(Live):

@@ -12,8 +12,9 @@ from ..risk import SAMPLES, Average, EmpiricalRisk
 from ..risk.losses import Loss
 from ..risk.modules import Selection
 from ..strategies import HVPStrategy
-from .rows import Per, Rows, Terms
+from .rows import Rows
 from .stacked import Stacked
+from .terms import Per, Terms
 
 
 class GradientOperator(Stacked):
