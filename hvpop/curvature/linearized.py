@@ -24,6 +24,7 @@ from ..strategies.base import grad_enabled, out_of_memory
 from ..strategies.fallback import settled
 from ..strategies.rounding import FLOAT32_TOLERANCE, agree, nudged, reordered
 from .average import DataAverage, Place
+from .formed import FORM_AFTER
 from .joining import random_direction, run_as_one, same
 from .memory import budget_in_bytes, graph_rounding
 from .preparation import Preparation
@@ -65,7 +66,8 @@ class Linearized(DataAverage):
     Made by that method. Parameters, buffers and train or eval mode are those of that moment. The
     first product reads the data once and prepares: batches are held, small ones are run as one,
     and what does not depend on the vector is computed once and kept, as far as the budget allows;
-    what does not fit is computed again for each product. After some thousand products of a model of
+    what does not fit is computed again for each product. After a few products of a second moment of
+    gradients the gradients themselves are kept where they are smaller than that. After some thousand products of a model of
     ordinary layers the maps are traced, as by `Compiled` without its compiler.
 
     Examples
@@ -134,7 +136,11 @@ class Linearized(DataAverage):
     def _uses(self, count: int | None = None) -> int:
         if count is not None:
             self._products = count
-            if count < TRACE_AFTER and self._preparation is not None and self._preparation.traced:
+            prepared = self._preparation
+            if prepared is not None and (
+                (count < TRACE_AFTER and prepared.traced)
+                or (count < FORM_AFTER and prepared.formed)
+            ):
                 self._preparation = None
         return self._products
 
@@ -152,7 +158,9 @@ class Linearized(DataAverage):
         prepared = guarded(self._prepared)
         self._seconds += time.perf_counter() - start
         return Report(
-            strategy=repr(self.strategy) + (", traced" if prepared.traced else ""),
+            strategy=repr(self.strategy)
+            + (", traced" if prepared.traced else "")
+            + (", rows formed" if prepared.formed else ""),
             batches=prepared.batches,
             kept=sum(part.batches for part in prepared.parts if part.map is not None),
             parts=len(prepared.parts) + prepared.batches - len(prepared.terms),
@@ -170,7 +178,7 @@ class Linearized(DataAverage):
             prepared.refuse_written()
         else:
             prepared.refuse_shared()
-        self._trace_when_used(prepared)
+        self._exchange_when_used(prepared)
         columns = to_point(V, self.layout, self._point)
         with grad_enabled(), self._around():
             return self._attempt(columns)
@@ -205,8 +213,11 @@ class Linearized(DataAverage):
             return nullcontext()
         return self.risk.place(self._point, self._state)
 
-    def _trace_when_used(self, prepared: Preparation) -> None:
-        """Exchange the kept maps for traced ones, once, when they have been used much."""
+    def _exchange_when_used(self, prepared: Preparation) -> None:
+        """Exchange the kept maps for formed or traced ones, once, when they have been used much."""
+        if not prepared.tried_forming and self._products >= FORM_AFTER:
+            with grad_enabled(), self.risk.place(self._point, self._state):
+                prepared.form()
         if prepared.tried_tracing or self._products < TRACE_AFTER:
             return
         if may_trace(self.strategy, self.risk):

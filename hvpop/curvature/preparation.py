@@ -13,6 +13,7 @@ from ..risk.batches import tensors_in
 from ..risk.merging import concatenated, stacked
 from ..strategies import Compiled, HVPStrategy, LinearMap, Params
 from ..strategies.base import out_of_memory
+from .formed import Formed, formed
 from .joining import LIVE_BYTES
 from .lending import Lent, owned, shared_bytes
 from .memory import bytes_of, graph_bytes, map_bytes
@@ -73,6 +74,7 @@ class Preparation:
         self._lent = [Lent(term, risk.in_memory) for term in self.terms]
         self._alone: list[tuple[Term, Lent]] = []
         self.parts: list[Part] = []
+        self.tried_forming = self.formed = False
         self.tried_tracing = self.traced = False
         self.batches = len(self.terms)  # of the data, as far as a pass has shown
 
@@ -167,7 +169,7 @@ class Preparation:
         """Exchange kept maps for traced ones, one after the other, as far as that can be and fits."""
         self.tried_tracing = True
         for i, part in enumerate(self.parts):
-            if part.map is None:
+            if part.map is None or isinstance(part.map, Formed):
                 continue
             self.parts[i] = replace(part, map=None)  # room for the new one
             size = self._size(part.term)
@@ -177,6 +179,21 @@ class Preparation:
             if linear is None or tracer.fallback_reason is not None:
                 return
             self.traced = True
+
+    def form(self) -> None:
+        """Exchange maps for their rows, once, where that takes no more memory, and where there is room."""
+        self.tried_forming = True
+        for i, part in enumerate(self.parts):
+            graph = self._size(part.term)
+            held = 0 if part.map is None else _bytes_held(part.map, graph)
+            rows = formed(
+                part.map or self.linearized(part.term),
+                most=min(graph, self._budget - self.bytes + held),
+            )
+            if rows is not None:
+                self.parts[i] = replace(part, map=rows)
+                self._kept_bytes += rows.residual_bytes - held
+                self.formed = True
 
     def columns_at_once(self) -> int:
         """How many columns fit beside what is kept: each passes through tensors of a graph's size.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..marker import AT_MARKS, Cutting
 from ..strategies.parted import Parted, Tensors
-from ..strategies.through_outputs import Times
 
 
 class Rows:
@@ -145,10 +144,15 @@ class SecondMoment:
     def prove(self, parted: Parted) -> None:
         self._maker.prove(parted)
 
-    def __call__(self, parted: Parted) -> Times:
-        rows = self._maker(parted)
+    def __call__(self, parted: Parted) -> Moment:
+        return Moment(self._maker(parted))
 
-        def times(s: Tensors, k: int | None) -> Tensors:
-            return rows.spread(rows.weights * rows.gather(s, k), k)
 
-        return times
+class Moment:
+    """``B`` of one parted function, for as long as its map lives."""
+
+    def __init__(self, rows: Weighed) -> None:
+        self.rows = rows
+
+    def __call__(self, s: Tensors, k: int | None) -> Tensors:
+        return self.rows.spread(self.rows.weights * self.rows.gather(s, k), k)

@@ -103,7 +103,7 @@ class ThroughOutputs(HVPStrategy):
             parted = Parted(fn, params, args, cutting=self.cutting)
             self.prove(parted)
             with ungraded(fn, parted.point), parted.around():
-                linear = _Kept(self, parted)
+                linear = KeptGraphs(self, parted)
         linear.looks = self._examine(parted, linear.push, params)
         return linear
 
@@ -203,13 +203,13 @@ def is_transpose(
     return True
 
 
-class _Kept(Blockwise):
+class KeptGraphs(Blockwise):
     """Graphs of the outputs, of their pull-back and of the loss, for as long as the map lives."""
 
     def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
         super().__init__(owner, parted.point, parted.args)
         self._owner, self.parted = owner, parted
-        self._middle = owner.middle(parted)
+        self.middle = owner.middle(parted)
         self.push = owner.pushing(parted)
 
     def _may_batch(self) -> bool:
@@ -218,7 +218,7 @@ class _Kept(Blockwise):
     def _product(self, v: Params, k: int | None = None) -> Params:
         around = self.parted.around() if self.looks else nullcontext()
         with grad_enabled(), explained(self._owner), around:
-            product = self.parted.pull(self._middle(self.push(v, k), k), k)
+            product = self.parted.pull(self.middle(self.push(v, k), k), k)
         return {name: t.detach() for name, t in product.items()}
 
 
@@ -290,7 +290,7 @@ class _Once(LinearMap):
 
 def _reached(kept: LinearMap) -> list[str]:
     """The parameters that the outputs depend on."""
-    assert isinstance(kept, _Kept)
+    assert isinstance(kept, KeptGraphs)
     ends = {id(leaf) for z in kept.parted.outputs for leaf in leaves_of(z)}
     return [name for name, p in kept.parted.point.items() if id(p) in ends]
 
