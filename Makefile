@@ -64,6 +64,7 @@ release: .venv/dev
 
 bench: .venv/peers
 	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/influence.py
 
 sweep: .venv/sweep

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 MEASURE = """
 import json, torch
 from torch import nn
-from hvpop import HessianOperator
+from hvpop import EmpiricalFisherOperator, GradientOperator, HessianOperator
 torch.set_num_threads(1)
 
 class Chain(nn.Module):
@@ -62,12 +62,36 @@ print(json.dumps(peaks))
 """
 
 
+SECOND_MOMENT = (
+    MEASURE[: MEASURE.index("HessianOperator(model, loss, Made(2))")]
+    + """
+def products(n):
+    E, G = (kind(model, loss, Made(n)) for kind in (EmpiricalFisherOperator, GradientOperator))
+    E @ v
+    E.linearize(memory=0) @ v
+    G @ v
+    G.T @ torch.ones(G.shape[0])
+products(1)
+SIZE, peaks = 400_000, {"before": peak()}
+products(1)
+peaks["one batch"] = peak()
+products(6)
+peaks["six batches"] = peak()
+print(json.dumps(peaks))
+"""
+)
+
+
 @pytest.fixture(scope="module")
 def peaks() -> dict[str, int]:
+    return measured(MEASURE)
+
+
+def measured(script: str) -> dict[str, int]:
     # Large tensors go back to the system as soon as they are freed, so that the peak is theirs.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         check=True,
@@ -81,6 +105,13 @@ def test_the_memory_of_a_live_product_is_that_of_one_batch(peaks: dict[str, int]
     one = peaks["one batch"] - peaks["before"]
     assert one > 50e6  # large enough to be seen
     assert peaks["six batches"] - peaks["one batch"] < 0.5 * one
+
+
+def test_gradients_and_their_second_moment_take_that_of_one_batch_too() -> None:
+    found = measured(SECOND_MOMENT)
+    one = found["one batch"] - found["before"]
+    assert one > 50e6
+    assert found["six batches"] - found["one batch"] < 0.5 * one
 
 
 def test_a_linearized_product_without_budget_takes_no_more(peaks: dict[str, int]) -> None:
