@@ -41,7 +41,9 @@ class EmpiricalFisherOperator(Live):
 
     Notes
     -----
-    A product costs what one of Gauss-Newton's does. Of a loss that is more than one call of a mean of
+    A product costs what one of Gauss-Newton's does. Linearized, after a few products the gradients of
+    samples are kept themselves where they take less memory than graphs, as of convolutions: products
+    are two reads of them from then on. Of a loss that is more than one call of a mean of
     torch's, each batch is evaluated once more, by parts, at every new point: to see what its samples
     count. Of a loss that adds up its samples, under ``average=TOTAL``, it is ``sum_i g_i g_i'``; of one
     that adds up terms and divides by samples, ``F.mse_loss(z, y, reduction="sum") / len(y)``, by term it
