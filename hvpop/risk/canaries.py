@@ -8,6 +8,7 @@ ends in them, which is refused.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -109,7 +110,7 @@ def _reentrant_runs_once() -> bool:
         return x.square()
 
     x = torch.zeros(1, requires_grad=True)
-    call: Any = checkpoint
+    call: Any = inspect.unwrap(checkpoint)  # what it is wrapped in imports a compiler: a second
     with Entered(torch.enable_grad()), policies.TwiceDifferentiable():
         call(run, x, use_reentrant=True).backward()
     return len(runs) == 1
