@@ -119,7 +119,10 @@ class Outside:
             self._visit(value, f"{kind.__qualname__}.{name}")
 
 
-_LEAVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_LEAVES = (
+    *(bool, int, float, complex, str, bytes, type(None)),
+    *(torch.dtype, torch.device, types.ModuleType),  # a module leads to all that it has imported
+)
 _CONTAINERS = (list, tuple, deque, dict, set, frozenset)
 
 

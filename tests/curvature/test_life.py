@@ -165,18 +165,26 @@ def scaled(h: Tensor) -> Tensor:
     return h * SCALES["first"]
 
 
+class Tools:
+    """Holds a library, which leads to thousands of things, before what counts."""
+
+    def __init__(self, library: Any, function: Any) -> None:
+        self.library, self.scaled = library, function
+
+
 class Shared(nn.Module):
     """Of things that belong to nobody's instance."""
 
     slope = 1.0
 
-    def __init__(self) -> None:
+    def __init__(self, tools: Tools) -> None:
         super().__init__()
+        self.tools = tools
         self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         CALLS["count"] = CALLS.get("count", 0) + 1
-        return self.last(self.act(scaled(self.first(x)) * Shared.slope))
+        return self.last(self.act(self.tools.scaled(self.first(x)) * Shared.slope))
 
     def act(self, h: Tensor) -> Tensor:
         return h.tanh()
@@ -196,7 +204,7 @@ def test_what_nobody_can_put_back_is_refused_where_it_is_looked_at_again(
 ) -> None:
     put, key, value = SHARED[name]
     before = {"first": SCALES["first"], "slope": 1.0, "act": Shared.act}[key]
-    model = set_parameters(Shared().double())
+    model = set_parameters(Shared(Tools(torch, scaled)).double())
     strategy = ForwardOverReverse() if way == "forward mode" else None
     H = HessianOperator(model, nn.CrossEntropyLoss(), DATA, strategy=strategy)
     v = random(H.shape[1])
