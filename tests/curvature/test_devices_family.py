@@ -33,6 +33,10 @@ from hvpop.testing import check_operator
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LOSS = nn.CrossEntropyLoss(label_smoothing=0.1)
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Attempting to run cuBLAS"  # torch's, where a thread of its engine is the first to
+)
+
 Build = Callable[[nn.Module, list[Any]], Any]
 
 MATRICES: dict[str, Build] = {
