@@ -44,11 +44,7 @@ class Inverse(Composite):
     """
 
     def __init__(self, A: LinearOperator, solve: Solver | None = None) -> None:
-        arguments.operator("Inverse", A)
-        if A.shape[0] != A.shape[1]:
-            raise ValueError(
-                f"Inverse expects a square operator, got {A!r}; lsmr solves rectangular systems"
-            )
+        arguments.square("Inverse", A, "lsmr solves rectangular systems")
         if solve is not None and not callable(solve):
             raise TypeError(
                 f"Inverse expects solve as a function of an operator and columns, such as cg, minres "

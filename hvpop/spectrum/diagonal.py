@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, probes
+from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
-from . import operand
 from .known import Known
 from .results import DiagonalEstimate
-from .sampling import Band, C, Completing, History, S, Sampling, sample, student
+from .sampling import HUTCHINSON, Band, C, Completing, History, Sampling, sample, student
 from .sketched import LeaveOutSampling, LeaveOutState
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
@@ -69,20 +68,12 @@ def diagonal(
     if method not in get_args(DiagonalMethod):
         raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
     if method == "xdiag":
-        by_sketch = _XDiag(
-            operand.symmetric("diagonal by xdiag", A, operand.HUTCHINSON), rtol, block, seed
-        )
-        return _estimate(by_sketch, max_products, progress, checkpoint)
-    task = _Hutchinson(operand.square("diagonal", A), rtol, block, seed)
-    return _estimate(task, max_products, progress, checkpoint)
-
-
-def _estimate(
-    task: Sampling[S],
-    max_products: int,
-    progress: bool,
-    checkpoint: str | os.PathLike[str] | None,
-) -> DiagonalEstimate:
+        kind: type[Sampling[Any]] = _XDiag
+        arguments.symmetric("diagonal by xdiag", A, HUTCHINSON)
+    else:
+        kind = _Hutchinson
+        arguments.square("diagonal", A)
+    task = kind(A.linearize(), rtol, block, seed)
     state, status = sample(task, max_products, progress, checkpoint)
     band = task.band(state)
     return DiagonalEstimate(

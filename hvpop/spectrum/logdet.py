@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
-from . import operand
 from .quadrature import Block, Measure, Quadrature, Recurrences
 from .results import Estimate, Status
 from .sampling import Band, History
@@ -79,7 +78,7 @@ def logdet(
     >>> found.low < A.d.log().sum().item() < found.high, found.status
     (True, 'converged')
     """
-    task = _LogDet(operand.symmetric("logdet", A), rtol, block, seed)
+    task = _LogDet(arguments.symmetric("logdet", A).linearize(), rtol, block, seed)
     arguments.counts("logdet", steps=steps)
     task.steps = min(steps, A.shape[0])
     return task.estimate(max_products, progress, checkpoint)

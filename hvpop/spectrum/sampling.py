@@ -26,6 +26,9 @@ History = tuple[tuple[int, float, float], ...]
 # another computation of the same call, with other numbers, whose checkpoint nobody else could continue.
 AT_ONCE = 1 << 22
 
+HUTCHINSON = "method='hutchinson' takes any square one"
+"""What to do with an operator that is not symmetric."""
+
 
 @dataclass(frozen=True)
 class Band:
