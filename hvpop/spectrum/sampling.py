@@ -87,14 +87,10 @@ S = TypeVar("S", bound=SampledState)
 
 
 class Sampling(Task[S]):
-    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough.
-
-    States are in units of `source`; what leaves a task is not.
-    """
+    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough."""
 
     unit: int  # products for one probe
     least = 16  # probes before an error is believed
-    state_type: type[S]
     budget = 0  # products, set before the run
     usual = 16  # probes a round, where they are short
 
@@ -192,16 +188,6 @@ class Sampling(Task[S]):
 
     def settings(self) -> Mapping[str, Any]:
         return {"block": self.block, "seed": self.seed}
-
-    def pack(self, state: S) -> dict[str, Any]:
-        history = [list(entry) for entry in state.history]
-        return {**super().pack(state), "history": history, "unit": self.source.unit}
-
-    def unpack(self, saved: Mapping[str, Any]) -> S:
-        fields = dict(saved)
-        self.source.unit = fields.pop("unit")
-        history = tuple((count, value, error) for count, value, error in saved["history"])
-        return self.state_type(**{**fields, "history": history})
 
     def estimate(
         self, max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
@@ -308,16 +294,6 @@ class Completing(Sampling[C]):
         begun = self.samples(state) * self.unit < state.products
         late = state.products + self.unit * self.block > 3 * self.order // 4
         return begun or late or self.hopeless()
-
-    def pack(self, state: C) -> dict[str, Any]:
-        packed = super().pack(state)
-        known = packed.pop("known")
-        return {**packed, "known.Q": known.Q, "known.AQ": known.AQ}
-
-    def unpack(self, saved: Mapping[str, Any]) -> C:
-        fields = dict(saved)
-        known = Known(fields.pop("known.Q"), fields.pop("known.AQ"))
-        return super().unpack({**fields, "known": known})
 
 
 SMALL = (
