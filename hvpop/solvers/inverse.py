@@ -9,7 +9,7 @@ from ..operators import LinearOperator, LowRank, arguments
 from ..operators.algebra import Composite
 from . import convergence
 from .results import SolveResult
-from .woodbury import Solver, Woodbury
+from .woodbury import Solver, Woodbury, logdet_by
 
 
 class Inverse(Composite):
@@ -60,14 +60,7 @@ class Inverse(Composite):
 
     def logdet(self) -> float:
         """``log det A^-1``, where the solver knows it, as `Direct` and `Woodbury` do."""
-        logdet = getattr(self.solve, "logdet", None)
-        if logdet is None:
-            name = getattr(self.solve, "__name__", type(self.solve).__name__)
-            raise TypeError(
-                f"{self!r}: its solver {name} does not give the determinant; use solve=Direct(), "
-                "or an estimate of log det A"
-            )
-        return -float(logdet(self.operator))
+        return -logdet_by(self.solve, self.operator, f"{self!r}:")
 
     _by_parts = True
 

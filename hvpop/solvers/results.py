@@ -53,11 +53,7 @@ class SolveResult:
         return all(status == "converged" for status in self.status)
 
     def __repr__(self) -> str:
-        return (
-            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
-            f"{counted(self.products, 'product')}; "
-            f"largest residual {worst(self.residual_norms, self.targets)}>"
-        )
+        return f"<{_ended(self)} residual {worst(self.residual_norms, self.targets)}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,11 +66,7 @@ class LeastSquaresResult(SolveResult):
     gradient_norms: Tensor = field(kw_only=True)  # (k,), computed from x
 
     def __repr__(self) -> str:
-        return (
-            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
-            f"{counted(self.products, 'product')}; "
-            f"largest gradient {worst(self.gradient_norms, self.targets)}>"
-        )
+        return f"<{_ended(self)} gradient {worst(self.gradient_norms, self.targets)}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,11 +142,12 @@ class FunctionResult:
         return all(status == "converged" for status in self.status)
 
     def __repr__(self) -> str:
-        return (
-            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
-            f"{counted(self.products, 'product')}; "
-            f"largest error estimate {worst(self.errors, self.targets)}>"
-        )
+        return f"<{_ended(self)} error estimate {worst(self.errors, self.targets)}>"
+
+
+def _ended(result: SolveResult | FunctionResult) -> str:
+    steps, products = counted(result.steps, "step"), counted(result.products, "product")
+    return f"{outcome(result.status)} after {steps}, {products}; largest"
 
 
 def outcome(status: Sequence[Status]) -> str:
