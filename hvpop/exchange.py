@@ -45,6 +45,11 @@ class Exchange(AbstractContextManager[None]):
         """Note a step back; it may be taken twice, and also if the step itself was not."""
         self._notes.append((undo, args))
 
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute as a step."""
+        self._noted(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
     def _enter(self, context: AbstractContextManager[Any]) -> None:
         """Enter another one as a step; the steps back of one not entered yet are none."""
         self._noted(context.__exit__, None, None, None)
@@ -244,5 +249,4 @@ class Ungraded(Exchange):
     def _change(self) -> None:
         for tensor in self._tensors:
             if tensor.is_leaf:
-                self._noted(setattr, tensor, "grad", tensor.grad)
-                tensor.grad = None
+                self._set(tensor, "grad", None)

@@ -186,9 +186,7 @@ class EmpiricalRisk:
                 samples += len(batch.place)
                 batch = batch._replace(place=batch.place * ranks + rank)
             counted += weight > 0
-            if (
-                weight > 0 or self._whole
-            ):  # a mean over nothing (all targets ignored) is not a number
+            if weight > 0 or self._whole:  # a mean over nothing (all ignored) is not a number
                 seed = seed_tensor(self.seed + i * ranks + rank)
                 yield Term(self.loss, (batch, seed), weight, f"batch {i}")
         if counted == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -17,6 +17,10 @@ from .settings import Snapshot, differ
 Selection = Any
 """``params=``: None, a name, a glob, a module, a parameter, a predicate ``(name, parameter) -> bool``,
 a mapping with names as keys, or an iterable of these."""
+
+
+Slots = Any
+"""What has tensors by name: those of a module, or a `_ScriptSlots`."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -49,7 +53,7 @@ class Inventory:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self._roots = roots
-        self.slots: list[tuple[MutableMapping[str, Any], str, str]] = []
+        self.slots: list[tuple[Slots, str, str]] = []
         self.recurrent: list[nn.RNNBase] = []
         self.modules: list[nn.Module] = []
         seen: dict[int, str] = {}
@@ -67,7 +71,7 @@ class Inventory:
             (self.parameters, module._parameters),
             (self.buffers, module._buffers),
         ):
-            slots = _ScriptSlots(module) if scripted else tensors
+            slots: Slots = _ScriptSlots(module) if scripted else tensors
             for key, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -159,9 +163,8 @@ class _Holding(Exchange):
         modes = [] if self._snapshot is None else self._snapshot.changed_modes()
         attributes += [(held, held.copy()) for held, _ in settings]
         self._noted(_restore, replaced, buffers, attributes)
-        for module, now, before in modes:
-            self._noted(setattr, module, "training", now)
-            module.training = before
+        for module, before in modes:
+            self._set(module, "training", before)
         for held, kept in settings:
             held.clear()
             held.update(kept)
@@ -173,7 +176,7 @@ class _Holding(Exchange):
 
 
 def _restore(
-    replaced: list[tuple[MutableMapping[str, Any], str, Any, Any]],
+    replaced: list[tuple[Slots, str, Any, Any]],
     buffers: list[tuple[dict[str, Any], int]],
     attributes: list[tuple[dict[str, Any], dict[str, Any]]],
 ) -> None:
@@ -189,7 +192,7 @@ def _restore(
             now.update(before)
 
 
-class _ScriptSlots(MutableMapping[str, Any]):
+class _ScriptSlots:
     """The slots of a ScriptModule, whose tensors live on its C++ side."""
 
     def __init__(self, module: Any) -> None:
@@ -204,15 +207,6 @@ class _ScriptSlots(MutableMapping[str, Any]):
                 "Trying to use forward AD with ScriptModules, but they lose it"
             )
         self._module.setattr(key, tensor)
-
-    def __delitem__(self, key: str) -> None:
-        raise TypeError("the slots of a ScriptModule cannot be deleted")
-
-    def __iter__(self) -> Iterator[str]:
-        raise TypeError("the slots of a ScriptModule are addressed by name")
-
-    def __len__(self) -> int:
-        raise TypeError("the slots of a ScriptModule are addressed by name")
 
 
 def kept(selection: Selection) -> Selection:

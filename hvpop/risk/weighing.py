@@ -450,8 +450,7 @@ class _InModes(Exchange):
     def _change(self) -> None:
         for module, mode in self._modes:
             if module.training != mode:
-                self._noted(setattr, module, "training", module.training)
-                module.training = mode
+                self._set(module, "training", mode)
 
 
 def _halves(reading: Reading, batch: Any) -> Iterator[tuple[Any, Any]]:
