@@ -419,9 +419,8 @@ class _Run(Generic[S]):
         claimed = (state.error <= self.target[at]) | (state.halt == BREAKDOWN)
         low = torch.zeros_like(claimed)
         if bool(claimed.any()) or not self.recurrence.above_floor(state):
-            depth = state.error / self.recurrence.floor(
-                state
-            )  # falls with the error, or as x grows
+            # falls with the error, or as x grows
+            depth = state.error / self.recurrence.floor(state)
             low = (depth <= 1) & (depth <= 0.1 * self.checked[at])
         due = ((claimed | low) & ~negative).nonzero().squeeze(1)
         ended = torch.zeros_like(negative)
@@ -440,9 +439,8 @@ class _Run(Generic[S]):
         faithful = ~claimed & (state.error[due] >= 0.5 * fresh.error)
         improved = fresh.error <= 0.5 * self.reference[at]
         first = self.reference[at].isinf() & (fresh.error <= self.error[at])
-        better = (
-            converged | first | (fresh.error <= 0.9 * self.error[at])
-        )  # not by rounding's grace
+        # not by rounding's grace
+        better = converged | first | (fresh.error <= 0.9 * self.error[at])
         ended = converged | ~(faithful | improved)
         self._write(at[better], some(fresh.X, better), last=bool(ended.all()))
         self.error[at[better]] = fresh.error[better]

@@ -43,9 +43,7 @@ class SolveResult:
     history: Tensor  # (steps + 1, k), by recurrence; nan once a column is done
     steps: int  # block products with A in the recurrence
     products: int  # columns multiplied by A or A', checks included
-    directions: Tensor | None = (
-        None  # as x: unit d with d'Ad < 0 where curvature is negative, else 0
-    )
+    directions: Tensor | None = None  # as x: unit d, d'Ad < 0, where curvature is negative, else 0
 
     @property
     def converged(self) -> bool:

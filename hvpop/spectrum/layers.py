@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..operators import FromFunction, LinearOperator, Restriction, arguments
+from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
+from ..operators.restriction import picked
 from .density import spectral_density
 from .eigsh import eigsh
 from .results import Density, Status
@@ -158,26 +159,13 @@ def _blocks(H: LinearOperator) -> Iterator[tuple[str, LinearOperator]]:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     of_its_own = getattr(H, "block", None)
     whole = H if of_its_own is not None else H.linearize()
-    places = dict(H.layout.slices())
     for layer, names in groups.items():
         title = layer or ", ".join(names)
         if of_its_own is not None:
             yield title, of_its_own(names)
             continue
-        index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
-        S = Restriction(index, H.layout.size, dtype=H.torch_dtype, device=H.device)
-        yield title, _cut(S, whole)
-
-
-def _cut(S: Restriction, A: LinearOperator) -> LinearOperator:
-    """``S A S'``, which is symmetric as ``A`` is."""
-    return FromFunction(
-        lambda V: S @ (A @ (S.T @ V)),
-        (S.shape[0], S.shape[0]),
-        dtype=A.torch_dtype,
-        device=A.device,
-        symmetric=True,
-    )
+        S = picked(H, names)
+        yield title, S @ whole @ S.T
 
 
 def _negative(density: Density) -> tuple[float, float]:

@@ -87,9 +87,7 @@ def logdet(
 @dataclass(frozen=True)
 class _State:
     quadrature: Quadrature
-    above: (
-        Tensor  # (2, N), a finished probe's forms of the logarithm and of its square, by Gauss ...
-    )
+    above: Tensor  # (2, N), a probe's forms of the logarithm and of its square, by Gauss ...
     below: Tensor  # (2, N), ... and by Gauss and Radau, -inf where nothing can be said
     rounding: Tensor  # (N,), what the rounding of the products may do to the logarithm
     history: History = ()

@@ -296,9 +296,8 @@ class Completing(Sampling[C]):
         return begun or late or self.hopeless()
 
 
-SMALL = (
-    1024  # up to this order products are remembered though the budget is smaller: it may be raised
-)
+SMALL = 1024
+"""Up to this order products are remembered though the budget is smaller: it may be raised."""
 
 
 def sample(
