@@ -22,6 +22,7 @@ from hvpop import (
 )
 from hvpop.risk import EmpiricalRisk
 from hvpop.strategies import NoSecondDerivativeError
+from tests.functions import Cube, SavedSine, SineByNumpy
 
 from .problems import error, random, set_parameters
 
@@ -57,31 +58,6 @@ class Adding(Again):
         return (None, x.grad, *[None] * len(ctx.parameters))
 
 
-class Saved(torch.autograd.Function):
-    """exp(x) that keeps its derivative as a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = x.exp().detach()
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.slope
-
-
-class ByNumPy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * torch.from_numpy(np.cos(x.detach().numpy()))
-
-
 class Through(torch.autograd.Function):
     """Rounds, and lets gradients pass: not the derivative of anything, by intent."""
 
@@ -92,18 +68,6 @@ class Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
-
-
-class Right(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
 
 
 class Block(nn.Module):
@@ -158,8 +122,8 @@ def model(first: nn.Module) -> nn.Sequential:
 BLIND: dict[str, Callable[[], nn.Module]] = {
     "a checkpoint of one's own": lambda: model(Block(Again)),
     "a reversible block": lambda: model(Block(Adding)),
-    "a saved derivative": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(Saved.apply))),
-    "NumPy": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(ByNumPy.apply))),
+    "a saved derivative": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(SavedSine.apply))),
+    "NumPy": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(SineByNumpy.apply))),
 }
 
 
@@ -237,7 +201,7 @@ def test_a_loss_that_is_a_leaf_with_a_hook_is_not_taken_for_a_constant() -> None
     assert error(product, expected) < DIFFERENCE
 
 
-@pytest.mark.parametrize("function", [Right, Through], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [Cube, Through], ids=lambda f: f.__name__)
 def test_a_right_function_and_one_that_stops_gradients_are_left_alone(function: Any) -> None:
     net = model(nn.Sequential(nn.Linear(3, 3), Applied(function.apply)))
     H = HessianOperator(net, nn.MSELoss(), [(X, Y)])

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpop import EmpiricalRisk, HessianOperator
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+from tests.curvature.problems import random
 
 
 class Tied(nn.Module):
