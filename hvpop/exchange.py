@@ -183,7 +183,7 @@ class SavedTensors(Exchange):
                 look(tensor)
             return tensor.detach()
 
-        self._hooks = pack, _as_it_is
+        self._hooks = pack, lambda tensor: tensor
         self._on_top = False
 
     def _change(self) -> None:
@@ -196,10 +196,6 @@ class SavedTensors(Exchange):
             _torch.PROBE.square()
         if self._on_top:  # an interrupt may have come between the note and the step
             _torch.pop_saved_tensors_hooks()
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 class dual_level(Exchange):  # noqa: N801 (used like a function)

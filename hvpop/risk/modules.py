@@ -97,8 +97,9 @@ class Inventory:
             if not any(test(n, p) for n, p in trainable.items()):
                 inside = isinstance(item, str) and any(n.startswith(f"{item}.") for n in trainable)
                 meant = f"did you mean {item + '.*'!r}? " if inside else ""
+                shown = repr(item) if isinstance(item, str) else f"<{type(item).__name__}>"
                 raise ValueError(
-                    f"params={_shown(item)} matches no trainable parameter; {meant}"
+                    f"params={shown} matches no trainable parameter; {meant}"
                     f"there are {', '.join(trainable)}"
                 )
         if not chosen:
@@ -218,7 +219,3 @@ def _items(selection: Selection) -> list[Any]:
     if isinstance(selection, Iterable) and not isinstance(selection, str | nn.Module | Tensor):
         return list(selection)
     return [selection]
-
-
-def _shown(item: Any) -> str:
-    return repr(item) if isinstance(item, str) else f"<{type(item).__name__}>"

@@ -38,7 +38,7 @@ def normaliser_of(loss: Any) -> Normaliser | None:
         ignored = settings.get("ignore_index", -100)
         return functools.partial(_counted_classes, settings.get("weight"), ignored)
     if function in _BY_ELEMENT and settings.get("reduction", "mean") == "mean":
-        return _elements
+        return lambda targets: float(targets.numel())
     return None
 
 
@@ -77,10 +77,6 @@ def _inherited(loss: type[nn.Module]) -> Any:
         if issubclass(loss, kind) and loss.forward is kind.forward:
             return function
     return None
-
-
-def _elements(targets: Tensor) -> float:
-    return float(targets.numel())
 
 
 def _counted_classes(weight: Tensor | None, ignored: int | None, targets: Tensor) -> float:

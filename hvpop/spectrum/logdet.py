@@ -234,7 +234,10 @@ class _LogDet(SpectralSampling[_State]):
             _, value, error = state.history[-1]
             known = error <= max((self.rtol or 0.0) * value, self.order * _EXACT)
             return "converged" if known else "low end unresolved"
-        return "low end unresolved" if self._in_vain(state) else super().verdict(state)
+        _, value, _ = state.history[-1]
+        if self.rtol is not None and self.A.shape[0] * state.gap / 2 > self.rtol * value:
+            return "low end unresolved"  # whatever the number of probes of so many steps is
+        return super().verdict(state)
 
     def named(self, state: _State, status: Status) -> Status:
         return "low end unresolved" if status == "max products" and self._open(state) else status
@@ -243,11 +246,6 @@ class _LogDet(SpectralSampling[_State]):
         """Whether the low end of the spectrum is most of the interval."""
         band = self.read(state)
         return bool(band.value - band.low > 3 * (band.high - band.value))
-
-    def _in_vain(self, state: _State) -> bool:
-        """Whether no number of probes of so many steps would narrow the interval to what was asked."""
-        _, value, _ = state.history[-1]
-        return self.rtol is not None and self.A.shape[0] * state.gap / 2 > self.rtol * value
 
     def report(self, state: _State) -> str:
         group = state.quadrature.group

@@ -24,7 +24,7 @@ from hvpop.risk import EmpiricalRisk
 from hvpop.strategies import NoSecondDerivativeError
 from tests.functions import Cube, SavedSine, SineByNumpy
 
-from .problems import error, random, set_parameters
+from .problems import Apply, error, random, set_parameters
 
 DIFFERENCE = 1e-6
 """Two gradients' differences, of second and fourth order, at steps of about 1e-5 and 1e-3."""
@@ -79,15 +79,6 @@ class Block(nn.Module):
         return self.function.apply(lambda x: torch.tanh(self.inner(x)), x, *self.parameters())
 
 
-class Applied(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class Cached(nn.Module):
     """Embeds without a graph, and hands the gradient on in a hook of the loss."""
 
@@ -122,8 +113,8 @@ def model(first: nn.Module) -> nn.Sequential:
 BLIND: dict[str, Callable[[], nn.Module]] = {
     "a checkpoint of one's own": lambda: model(Block(Again)),
     "a reversible block": lambda: model(Block(Adding)),
-    "a saved derivative": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(SavedSine.apply))),
-    "NumPy": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(SineByNumpy.apply))),
+    "a saved derivative": lambda: model(nn.Sequential(nn.Linear(3, 3), Apply(SavedSine.apply))),
+    "NumPy": lambda: model(nn.Sequential(nn.Linear(3, 3), Apply(SineByNumpy.apply))),
 }
 
 
@@ -203,7 +194,7 @@ def test_a_loss_that_is_a_leaf_with_a_hook_is_not_taken_for_a_constant() -> None
 
 @pytest.mark.parametrize("function", [Cube, Through], ids=lambda f: f.__name__)
 def test_a_right_function_and_one_that_stops_gradients_are_left_alone(function: Any) -> None:
-    net = model(nn.Sequential(nn.Linear(3, 3), Applied(function.apply)))
+    net = model(nn.Sequential(nn.Linear(3, 3), Apply(function.apply)))
     H = HessianOperator(net, nn.MSELoss(), [(X, Y)])
     v = random(H.shape[1])
     with warnings.catch_warnings():
@@ -313,8 +304,8 @@ class Halving(Through):
 
 
 WRITTEN: dict[str, Callable[[], nn.Module]] = {
-    "rounding that lets gradients through": lambda: Applied(Through.apply),
-    "gradients that are scaled": lambda: Applied(Halving.apply),
+    "rounding that lets gradients through": lambda: Apply(Through.apply),
+    "gradients that are scaled": lambda: Apply(Halving.apply),
     "a hook that scales": lambda: Hooked(lambda g: 2 * g),
 }
 
@@ -349,11 +340,11 @@ J_SIZE = dict.fromkeys(WRITTEN, 16) | {"a hook that scales": 28}
 @pytest.mark.parametrize(
     ("layer", "strategy"),
     [
-        (lambda: Applied(Through.apply), FiniteDifference()),
-        (lambda: Applied(Halving.apply), FiniteDifference()),
+        (lambda: Apply(Through.apply), FiniteDifference()),
+        (lambda: Apply(Halving.apply), FiniteDifference()),
         (lambda: Hooked(lambda g: 2 * g), FiniteDifference()),
         (lambda: Hooked(lambda g: 2 * g), ForwardOverReverse()),
-        (lambda: Applied(WrongTangent.apply), ForwardOverReverse()),
+        (lambda: Apply(WrongTangent.apply), ForwardOverReverse()),
         (lambda: Hooked(lambda g: g / g.norm()), None),
     ],
 )

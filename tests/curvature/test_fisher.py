@@ -50,7 +50,6 @@ from .test_jacobian import rows
 
 COUNTS = REAL.exp().round()
 SOFT = random(23, 3, seed=21).softmax(1)
-ENTRY = random(23, 3, seed=22).abs() + 0.1
 
 
 def fisher(model: nn.Module, loss: Any, targets: Any, sizes: Any = SIZES, **options: Any) -> Any:
