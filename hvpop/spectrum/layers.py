@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,12 @@ def layerwise(
     entries: list[int] = []
     rows: list[tuple[float, ...]] = []
     products = 0
-    for name, block in _bar(list(_blocks(H)), progress):
+    blocks: Iterable[tuple[str, LinearOperator]] = list(_blocks(H))
+    if progress:
+        from tqdm.auto import tqdm
+
+        blocks = tqdm(blocks, desc="layers", unit=" layers")
+    for name, block in blocks:
         top = eigsh(block, 1, "LA", max_products=max(max_products, 2), seed=seed)
         whole = trace(block, rtol=rtol, max_products=max_products, seed=seed)
         steps = min(32, max_products)
@@ -193,14 +198,3 @@ def _negative(density: Density) -> tuple[float, float]:
             sizes.gather(0, nearest.indices[None])[0][nearest.values.isfinite()].sum()
         )
     return share, variance**0.5 * probes / whole + doubtful / whole
-
-
-def _bar(
-    blocks: list[tuple[str, LinearOperator]], progress: bool
-) -> Iterator[tuple[str, LinearOperator]]:
-    if not progress:
-        yield from blocks
-        return
-    from tqdm.auto import tqdm
-
-    yield from tqdm(blocks, desc="layers", unit=" layers")
