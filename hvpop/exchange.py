@@ -245,4 +245,5 @@ class Ungraded(Exchange):
     def _change(self) -> None:
         for tensor in self._tensors:
             if tensor.is_leaf:
-                self._set(tensor, "grad", None)
+                self._noted(setattr, tensor, "grad", tensor.grad)
+                tensor.grad = None
