@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments, probes
+from ..operators import LinearOperator, probes
 from ..operators.arguments import Seed
 from .known import Known
 from .results import DiagonalEstimate
-from .sampling import HUTCHINSON, Band, C, Completing, History, Sampling, sample, student
+from .sampling import Band, C, Completing, History, Sampling, chosen, sample, student
 from .sketched import LeaveOutSampling, LeaveOutState
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
@@ -62,18 +62,8 @@ def diagonal(
     >>> diagonal(A).value.round(decimals=9)
     tensor([1., 2., 3.], dtype=torch.float64)
     """
-    if method is None:
-        large = isinstance(A, LinearOperator) and A.shape[1] > 1 << 20
-        method = "hutchinson" if large else "xdiag"
-    if method not in get_args(DiagonalMethod):
-        raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
-    if method == "xdiag":
-        kind: type[Sampling[Any]] = _XDiag
-        arguments.symmetric("diagonal by xdiag", A, HUTCHINSON)
-    else:
-        kind = _Hutchinson
-        arguments.square("diagonal", A)
-    task = kind(A.linearize(), rtol, block, seed)
+    methods: dict[str, type[Sampling[Any]]] = {"xdiag": _XDiag, "hutchinson": _Hutchinson}
+    task = chosen("diagonal", A, method, methods)(A.linearize(), rtol, block, seed)
     state, status = sample(task, max_products, progress, checkpoint)
     band = task.band(state)
     return DiagonalEstimate(

@@ -26,9 +26,6 @@ History = tuple[tuple[int, float, float], ...]
 # another computation of the same call, with other numbers, whose checkpoint nobody else could continue.
 AT_ONCE = 1 << 22
 
-HUTCHINSON = "method='hutchinson' takes any square one"
-"""What to do with an operator that is not symmetric."""
-
 
 @dataclass(frozen=True)
 class Band:
@@ -298,6 +295,23 @@ class Completing(Sampling[C]):
 
 SMALL = 1024
 """Up to this order products are remembered though the budget is smaller: it may be raised."""
+
+
+def chosen(
+    who: str, A: LinearOperator, method: str | None, methods: Mapping[str, type[Sampling[Any]]]
+) -> type[Sampling[Any]]:
+    """The task of a method; by default the first one where vectors are short enough to be kept."""
+    entries = max(arguments.operator(who, A).shape)
+    if method is None:
+        method = next(iter(methods)) if entries <= 1 << 20 else "hutchinson"
+    if method not in methods:
+        raise ValueError(f"{who} expects method in {tuple(methods)}, got {method!r}")
+    if method == "hutchinson":
+        arguments.square(who, A)
+    else:
+        instead = "method='hutchinson' takes any square one"
+        arguments.symmetric(f"{who} by {method}", A, instead)
+    return methods[method]
 
 
 def sample(
