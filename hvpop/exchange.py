@@ -45,6 +45,11 @@ class Exchange(AbstractContextManager[None]):
         """Note a step back; it may be taken twice, and also if the step itself was not."""
         self._notes.append((undo, args))
 
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute as a step."""
+        self._noted(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
     def _enter(self, context: AbstractContextManager[Any]) -> None:
         """Enter another one as a step; the steps back of one not entered yet are none."""
         self._noted(context.__exit__, None, None, None)
@@ -178,7 +183,7 @@ class SavedTensors(Exchange):
                 look(tensor)
             return tensor.detach()
 
-        self._hooks = pack, _as_it_is
+        self._hooks = pack, lambda tensor: tensor
         self._on_top = False
 
     def _change(self) -> None:
@@ -191,10 +196,6 @@ class SavedTensors(Exchange):
             _torch.PROBE.square()
         if self._on_top:  # an interrupt may have come between the note and the step
             _torch.pop_saved_tensors_hooks()
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 class dual_level(Exchange):  # noqa: N801 (used like a function)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import HessianOperator
-from .curvature.space import from_point, layout_of, multiplier, to_point
+from .curvature.space import WeightedSum, from_point, layout_of, multiplier, to_point
 from .risk import BATCHES, EmpiricalRisk
 from .risk.losses import Loss
 from .strategies import ForwardOverReverse, HVPStrategy, Params, ReverseOverReverse
@@ -156,19 +156,15 @@ def _differentiable_product(H: HessianOperator, v: Tensor) -> Tensor:
         raise ValueError(f"{H!r} expects shape ({H.shape[1]},), got {tuple(v.shape)}")
     point, state = H.risk.parameters(), H.risk.state()
     V = v.detach().unsqueeze(1)
-    columns = to_point(V, layout_of(point), point)
-    total: Tensor | None = None
-    weight = 0.0
+    multiply = multiplier(to_point(V, layout_of(point), point))
+    total = WeightedSum(normalized=True)
     with torch.enable_grad(), closing(H.risk.terms()) as terms:
         for term in terms:
             linear = H.strategy.linearize(
                 term.function, point, state, *term.data, differentiable=True
             )
-            product = term.weight * from_point(multiplier(columns)(linear), V)[:, 0]
-            total = product if total is None else total + product
-            weight += term.weight
-        assert total is not None  # data without batches has raised before
-        return total / weight
+            total.add(multiply(linear), term.weight)
+        return from_point(total.result(), V)[:, 0]
 
 
 def _strategy(reverse_only: bool) -> HVPStrategy:

@@ -70,9 +70,8 @@ def wanted(ctx: Any) -> tuple[bool, ...]:
 
     ``ctx.needs_input_grad`` has in it what any other pass through the same graph may ask for.
     """
-    behind = getattr(
-        ctx, "next_functions", None
-    )  # of the tensors; not while functorch differentiates
+    # of the tensors; not while functorch differentiates
+    behind = getattr(ctx, "next_functions", None)
     if behind is None:
         return tuple(ctx.needs_input_grad)
     return tuple(node is not None and _is_asked(node) for node, _ in behind)

@@ -121,8 +121,7 @@ class Cut(Exchange):
         self.calls: list[Call] = []
 
     def _change(self) -> None:
-        self._noted(setattr, _HERE, "cut", _HERE.cut)
-        _HERE.cut = self
+        self._set(_HERE, "cut", self)
 
     def marked(self, z: T) -> T:
         elsewhere = self._at_calls or self._at_inputs

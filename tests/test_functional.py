@@ -18,31 +18,15 @@ from hvpop.functional import (
     get_hvp_function,
     hvp,
 )
+from tests.curvature.problems import error, mlp, random
+from tests.functions import Cube
 
 both_ways = pytest.mark.parametrize("reverse_only", [True, False])
 SIZES = (10, 10, 3)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 X, Y = random(23, 4), random(23, 3, seed=1)
 DATA = list(zip(X.split(SIZES), Y.split(SIZES), strict=True))
-
-
-def network() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.copy_(0.5 * random(*p.shape, seed=10 + i))
-    return model
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
@@ -64,21 +48,11 @@ def test_the_hessian_of_a_sum_of_squares_is_twice_the_identity(reverse_only: boo
 
 
 def test_reverse_mode_is_the_default() -> None:
-    class NoForwardMode(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**3
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 3 * ctx.saved_tensors[0] ** 2 * g
-
     z, v = random(5), random(5, seed=1)
-    product = hvp(lambda z: NoForwardMode.apply(z).sum(), z, v)
+    product = hvp(lambda z: Cube.apply(z).sum(), z, v)
     assert error(product, 6 * z * v) < 1e-14
     with pytest.raises(RuntimeError, match="has no jvp"):
-        hvp(lambda z: NoForwardMode.apply(z).sum(), z, v, reverse_only=False)
+        hvp(lambda z: Cube.apply(z).sum(), z, v, reverse_only=False)
 
 
 @both_ways
@@ -142,7 +116,7 @@ def test_parameters_of_another_kind_are_refused() -> None:
 
 
 def test_the_batch_loss_is_the_loss_on_one_batch() -> None:
-    model = network()
+    model = mlp()
     f = batch_loss_function(model, nn.MSELoss(), X, Y)
     params = {name: 1.5 * p for name, p in values(model).items()}
     by_hand = torch.func.functional_call(model, params, X)
@@ -150,7 +124,7 @@ def test_the_batch_loss_is_the_loss_on_one_batch() -> None:
 
 
 def test_the_empirical_loss_is_the_sample_weighted_mean_of_batch_losses() -> None:
-    model = network()
+    model = mlp()
     f = empirical_loss_function(model, nn.MSELoss(), DATA)
     params = {name: 1.5 * p for name, p in values(model).items()}
     by_hand = sum(
@@ -162,7 +136,7 @@ def test_the_empirical_loss_is_the_sample_weighted_mean_of_batch_losses() -> Non
 
 @pytest.mark.parametrize("make", [empirical_loss_function, None])
 def test_losses_can_be_differentiated_and_change_nothing(make: Any) -> None:
-    model = network()
+    model = mlp()
     if make is None:
         f = batch_loss_function(model, nn.MSELoss(), X, Y)
     else:
@@ -179,7 +153,7 @@ def test_losses_can_be_differentiated_and_change_nothing(make: Any) -> None:
 
 
 def test_parameters_that_are_not_named_keep_their_values() -> None:
-    model = network()
+    model = mlp()
     f = empirical_loss_function(model, nn.MSELoss(), DATA)
     everything = values(model)
     changed = {"0.bias": everything["0.bias"] + 1}
@@ -191,7 +165,7 @@ def test_parameters_that_are_not_named_keep_their_values() -> None:
 
 
 def test_a_loader_is_read_at_each_call() -> None:
-    model = network()
+    model = mlp()
     loader = DataLoader(TensorDataset(X, Y), 10, shuffle=True)
     f = empirical_loss_function(model, nn.MSELoss(), loader)
     first = f(values(model))
@@ -206,7 +180,7 @@ def test_a_loader_is_read_at_each_call() -> None:
 def test_the_average_weighs_batches_alike_or_takes_the_empirical_loss(
     average: bool, reverse_only: bool
 ) -> None:
-    model = network()
+    model = mlp()
     product = get_hvp_function(
         model, nn.MSELoss(), DATA, use_hessian_avg=average, reverse_only=reverse_only
     )
@@ -221,7 +195,7 @@ def test_the_average_weighs_batches_alike_or_takes_the_empirical_loss(
 
 @both_ways
 def test_each_function_of_the_generator_keeps_its_batch(reverse_only: bool) -> None:
-    model, v = network(), random(43, seed=5)
+    model, v = mlp(), random(43, seed=5)
     functions = list(batch_hvp_gen(model, nn.MSELoss(), DATA, reverse_only))
     assert len(functions) == 3
     for function, batch in zip(functions, DATA, strict=True):
@@ -237,7 +211,7 @@ def test_the_generator_reads_no_batch_ahead() -> None:
             read.append(i)
             yield batch
 
-    functions = batch_hvp_gen(network(), nn.MSELoss(), batches())
+    functions = batch_hvp_gen(mlp(), nn.MSELoss(), batches())
     assert read == []
     next(functions)
     assert read == [0]
@@ -268,7 +242,7 @@ def test_tracked_products_can_be_differentiated(average: bool, reverse_only: boo
 
 
 def test_products_follow_the_parameters() -> None:
-    model, v = network(), random(43, seed=5)
+    model, v = mlp(), random(43, seed=5)
     product = get_hvp_function(model, nn.MSELoss(), DATA)
     tracked = get_hvp_function(model, nn.MSELoss(), DATA, track_gradients=True)
     first = product(v)
@@ -281,7 +255,7 @@ def test_products_follow_the_parameters() -> None:
 
 @pytest.mark.parametrize("track", [True, False])
 def test_only_trainable_parameters_count(track: bool) -> None:
-    model = network()
+    model = mlp()
     model[0].weight.requires_grad_(False)
     product = get_hvp_function(model, nn.MSELoss(), DATA, track_gradients=track)
     v = random(23, seed=5)
@@ -292,7 +266,7 @@ def test_only_trainable_parameters_count(track: bool) -> None:
 
 @pytest.mark.parametrize("track", [True, False])
 def test_products_leave_gradients_and_buffers_alone(track: bool) -> None:
-    model = nn.Sequential(network(), nn.BatchNorm1d(3)).double()
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(3)).double()
     product = get_hvp_function(model, nn.MSELoss(), DATA, track_gradients=track)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     product(random(49))

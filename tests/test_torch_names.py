@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hvpop import Compiled, HessianOperator, _torch
 from hvpop.risk import canaries, policies
 from hvpop.strategies.graphs import why_missing
+from tests.functions import CubeOnce
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
@@ -276,18 +276,6 @@ def test_a_torch_that_nobody_has_tested_is_said_once(monkeypatch: pytest.MonkeyP
 # --- the words of torch's errors ----------------------------------------------------------------------
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g * ctx.saved_tensors[0]
-
-
 def twice(op: Callable[[Tensor], Tensor]) -> None:
     x = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
@@ -312,7 +300,7 @@ ERRORS: dict[str, Callable[[], None]] = {
     ),
     "the model uses forward mode itself": nested_levels,
     "a custom autograd.Function has no jvp": lambda: dual(without_jvp),
-    "a custom autograd.Function is once_differentiable": lambda: twice(Once.apply),
+    "a custom autograd.Function is once_differentiable": lambda: twice(CubeOnce.apply),
 }
 
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -106,7 +106,10 @@ def check(
 ) -> None:
     """The doctor: whether products are the derivative of the gradient. Finds 1 if not."""
     H = _operator(target, matrix, params, data_batches, device, weights, seed)
-    found = _needs(H, "check")()
+    look = getattr(H, "check", None)
+    if look is None:
+        _usage(f"{H!r} has no check; return (model, loss, data) or a risk")
+    found = look()
     if as_json:
         findings = [{"level": f.level, "what": f.what, "detail": f.detail} for f in found.findings]
         _print_json(
@@ -142,9 +145,8 @@ def spectrum(
 ) -> None:
     """Eigenvalues with residuals and the trace with its error bars."""
     H = _operator(target, matrix, params, data_batches, device, weights, seed)
-    found = _analysis(H, k, which.value, ["eigenvalues", "trace"], max_products, seed, checkpoint)
-    _print_json(found.as_dict()) if as_json else print(shown(found))
-    _end(found, checkpoint)
+    parts = ["eigenvalues", "trace"]
+    _analyze(H, parts, None, k, which.value, max_products, seed, checkpoint, as_json)
 
 
 @app.command()
@@ -165,7 +167,7 @@ def report(
 ) -> None:
     """All there is to know, as one HTML page; --json: on stdout, too."""
     H = _operator(target, matrix, params, data_batches, device, weights, seed)
-    _report(H, output, k, which.value, max_products, seed, checkpoint, as_json)
+    _analyze(H, PARTS, output, k, which.value, max_products, seed, checkpoint, as_json)
 
 
 @app.command()
@@ -204,7 +206,7 @@ def demo(
     _tell("training a 64-16-10 network on handwritten digits, on the CPU")
     with _usage_errors():
         H = operator_of(digits(seed), target="hvpop demo", seed=seed)
-    _report(H, output, 5, "BE", None, seed, None, as_json)
+    _analyze(H, PARTS, output, 5, "BE", None, seed, None, as_json)
 
 
 def _version(asked: bool) -> None:
@@ -253,48 +255,32 @@ def _operator(
         )
 
 
-def _analysis(
+def _analyze(
     H: LinearOperator,
+    parts: Collection[str],
+    output: Path | None,
     k: int,
     which: Any,
-    parts: Collection[str],
     max_products: int | None,
     seed: int,
     checkpoint: Path | None,
-) -> Analysis:
+    as_json: bool,
+) -> NoReturn:
+    """What stdout, the page and the exit code say of an operator."""
     _tell(repr(H))
     with _usage_errors():
         cost = H.cost() if hasattr(H, "cost") else None
         if cost is not None:
             _tell(str(cost))
-        return analyze(
+        found = analyze(
             H, k=k, which=which, parts=parts, max_products=max_products, seed=seed,
             progress=sys.stderr.isatty(), checkpoint=checkpoint, cost=cost,
         )  # fmt: skip
-
-
-def _report(
-    H: LinearOperator,
-    output: Path,
-    k: int,
-    which: str,
-    max_products: int | None,
-    seed: int,
-    checkpoint: Path | None,
-    as_json: bool,
-) -> None:
-    found = _analysis(H, k, which, PARTS, max_products, seed, checkpoint)
-    output.write_text(render(found, command=_command()), encoding="utf-8")
-    _tell(f"wrote {output}")
+    if output is not None:
+        output.write_text(render(found, command=_command()), encoding="utf-8")
+        _tell(f"wrote {output}")
     _print_json(found.as_dict()) if as_json else print(shown(found))
     _end(found, checkpoint)
-
-
-def _needs(H: LinearOperator, method: str) -> Callable[[], Any]:
-    found = getattr(H, method, None)
-    if found is None:
-        _usage(f"{H!r} has no {method}; return (model, loss, data) or a risk")
-    return found  # type: ignore[no-any-return]
 
 
 def _end(found: Analysis, checkpoint: Path | None) -> NoReturn:

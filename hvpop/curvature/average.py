@@ -154,13 +154,9 @@ class DataAverage(LinearOperator):
         >>> cost.parameters, cost.batches, cost.fits
         (3, 1, True)
         """
-        seconds = timed(self, self.shape[1], self.torch_dtype, self.device)
+        seconds = timed(self)
         risk, point, state = self._place()
-        told = guarded(
-            lambda: cost(
-                self.shape[1], self.torch_dtype, self.device, risk, self.strategy, point, state
-            )
-        )
+        told = guarded(lambda: cost(self, risk, self.strategy, point, state))
         return replace(told, seconds=seconds)
 
     # -- products ---------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
-import torch
-
-from ..operators import BlockDiagonal, LinearOperator, Restriction
+from ..operators import BlockDiagonal, LinearOperator
 from ..operators.algebra import Product, Transposed
+from ..operators.restriction import picked
 from ..risk.modules import Selection
 
 Grouping = Literal["layer", "parameter"] | Callable[[str], str]
@@ -82,20 +81,7 @@ def _names(A: LinearOperator) -> Sequence[str]:
     return A.layout.names
 
 
-def picked(A: LinearOperator, names: Sequence[str]) -> Restriction:
-    """The restriction to some parameters' entries, in the order of ``names``."""
-    assert A.layout is not None
-    places = dict(A.layout.slices())
-    index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
-    return Restriction(index, A.layout.size, dtype=A.torch_dtype, device=A.device)
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _itself(name: str) -> str:
-    return name
-
-
-_BY: dict[str, Callable[[str], str]] = {"layer": _layer, "parameter": _itself}
+_BY: dict[str, Callable[[str], str]] = {
+    "layer": lambda name: name.rpartition(".")[0],
+    "parameter": lambda name: name,
+}

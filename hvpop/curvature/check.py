@@ -89,7 +89,7 @@ def _look_at_gradient(examination: Examination) -> None:
         if not loss.isfinite():
             return examination.note("wrong", "loss", f"{loss.item()} in {term.label}")
         plain = examination.plain_gradient(term)
-        infinite = [n for n, g in plain.items() if not _dense(g).isfinite().all()]
+        infinite = [n for n, g in plain.items() if not g.isfinite().all()]
         if infinite:
             what = f"not finite in {term.label} for {_listed(infinite)}"
             return examination.note("wrong", "gradient", what)
@@ -232,10 +232,6 @@ def _time(examination: Examination, strategy: HVPStrategy, v: Tensor, truth: Ten
 def _gap(x: Tensor, truth: Tensor) -> float:
     x, truth = x.double(), truth.double()  # squares of float32's small numbers are zero
     return float((x - truth).norm() / torch.maximum(x.norm(), truth.norm()).clamp_min(TINY))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _hooks(module: nn.Module) -> list[object]:

@@ -55,13 +55,7 @@ class Cost:
 
 
 def cost(
-    n: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    risk: EmpiricalRisk,
-    strategy: HVPStrategy,
-    point: Params,
-    state: Params,
+    A: LinearOperator, risk: EmpiricalRisk, strategy: HVPStrategy, point: Params, state: Params
 ) -> Cost:
     """All but the seconds: one pass over the data, and a graph for each of the first two shapes."""
     held = 0
@@ -78,17 +72,18 @@ def cost(
             held += size
             sizes.append((size, measured.get(shape)))
     kept = _extrapolated(sizes)
-    item = torch.empty(0, dtype=working_dtype(dtype)).element_size()
-    budget = budget_in_bytes(None, device)
+    item = torch.empty(0, dtype=working_dtype(A.torch_dtype)).element_size()
+    budget = budget_in_bytes(None, A.device)
     place = sum(t.nbytes for t in (*point.values(), *state.values()))
     # batches in memory already are copied where they are joined
     total = None if kept is None else kept + held + place
+    n = A.shape[1]
     return Cost(n, len(sizes), held, total, budget, n * item, 0.0)
 
 
-def timed(A: LinearOperator, n: int, dtype: torch.dtype, device: torch.device) -> float:
+def timed(A: LinearOperator) -> float:
     """Seconds of a product: of the third one if the first two, which may prepare, were short."""
-    v = torch.ones(n, dtype=working_dtype(dtype), device=device)
+    v = torch.ones(A.shape[1], dtype=working_dtype(A.torch_dtype), device=A.device)
     seconds = 0.0
     for _ in range(3):
         start = time.perf_counter()

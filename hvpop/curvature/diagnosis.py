@@ -81,12 +81,8 @@ def differences_serve(
 def _has_second_derivative(fn: ScalarFunction, point: Params, args: tuple[Any, ...]) -> bool:
     for place, data in (in_double((point, args)), (point, args)):
         with suppress(Exception):  # a constant or a cast of the user's own holds on to its dtype
-            return is_smooth(partial(_gradient, fn, data), place)
+            return is_smooth(partial(first_gradient, fn, args=data), place)
     return False
-
-
-def _gradient(fn: ScalarFunction, args: tuple[Any, ...], point: Params) -> Params:
-    return first_gradient(fn, point, args)
 
 
 def refuse_unreached(risk: EmpiricalRisk, point: Params, state: Params) -> None:

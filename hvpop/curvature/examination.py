@@ -72,8 +72,9 @@ class Examination:
     def plain_gradient(self, term: Term) -> Params:
         """What a ``backward()`` on the model as it is gives to those parameters that it reaches."""
         if any(p.is_inference() for p in self.risk.parameters().values()):  # has no backward()
-            return self.risk.gradient(self.point, self.state, *term.data)
-        found = self.risk.function.untouched_gradient(*term.data)
+            found = self.risk.gradient(self.point, self.state, *term.data)
+        else:
+            found = self.risk.function.untouched_gradient(*term.data)
         return {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
 
     def gradient_gap(self, term: Term, plain: Params) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _torch
 from ..operators import Layout, crossing
 from ..operators.crossing import working_dtype
+from ..operators.space import powers
 from ..strategies import LinearMap, Params
 
 
@@ -114,10 +115,7 @@ def scale_of(V: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
     """Powers of two ``(k,)`` as large as the columns, if some parameter is float16: it ends at 65504."""
     if torch.float16 not in dtypes:
         return None
-    largest = V.abs().amax(0)
-    usual = largest.isfinite() & (largest > 0)
-    exponent = torch.frexp(torch.where(usual, largest, 1.0)).exponent
-    return torch.ldexp(torch.ones_like(largest), exponent - 1)
+    return powers(V.abs().amax(0))
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from ..curvature.kinds import matrix as kind_of
-from ..operators import arguments
-from ..risk import EmpiricalRisk, hugging_face
+from ..risk import hugging_face
 from ..risk.losses import BatchLoss
-from .tracker import Tracker
+from .tracker import Measuring
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -20,7 +16,7 @@ except ImportError as error:
     ) from error
 
 
-class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
+class CurvatureCallback(Measuring, TrainerCallback):  # type: ignore[misc]
     """Largest eigenvalues and trace of the training loss, every so many steps.
 
     Parameters
@@ -67,11 +63,7 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         loss: BatchLoss | None = None,
         **options: Any,
     ) -> None:
-        arguments.counts("CurvatureCallback", every=every, k=k)
-        self.every, self.k, self.data, self.params = every, k, data, params
-        self.loss, self.options = loss, options
-        self._kind = kind_of(matrix)
-        self.tracker: Tracker | None = None
+        self._begin(every, k, data, matrix, params, loss or hugging_face(), options)
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> CurvatureCallback:
@@ -92,11 +84,3 @@ class CurvatureCallback(TrainerCallback):  # type: ignore[misc]
         due = control.should_log  # of the trainer's own numbers, at this step; log() takes it back
         self._trainer.log(dict(found))
         control.should_log = due
-
-    def _measured(self, model: nn.Module, step: int) -> dict[str, float]:
-        if self.tracker is None:
-            risk = EmpiricalRisk.from_batch_loss(
-                model, self.loss or hugging_face(), self.data, params=self.params
-            )
-            self.tracker = Tracker(self._kind.from_risk(risk), k=self.k, **self.options)
-        return self.tracker(step)

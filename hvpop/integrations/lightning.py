@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..curvature.kinds import matrix as kind_of
-from ..operators import arguments
-from ..risk import EmpiricalRisk, autoencoder, hugging_face, supervised
+from ..risk import autoencoder, hugging_face, supervised
 from ..risk.losses import BatchLoss, Loss
-from .tracker import Tracker
+from .tracker import Measuring
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +16,7 @@ except ImportError as error:
     ) from error
 
 
-class CurvatureCallback(Callback):
+class CurvatureCallback(Measuring, Callback):
     """Largest eigenvalues and trace of a loss, every so many steps, logged with ``log_dict``.
 
     Parameters
@@ -64,13 +62,9 @@ class CurvatureCallback(Callback):
         params: Any = None,
         **options: Any,
     ) -> None:
-        arguments.counts("CurvatureCallback", every=every, k=k)
-        self.every, self.k, self.data, self.params = every, k, data, params
         own = isinstance(loss, supervised | autoencoder | hugging_face)
-        self.loss: Any = loss if own else supervised(loss)  # type: ignore[arg-type]
-        self.options = options
-        self._kind = kind_of(matrix)
-        self.tracker: Tracker | None = None
+        batch_loss: Any = loss if own else supervised(loss)  # type: ignore[arg-type]
+        self._begin(every, k, data, matrix, params, batch_loss, options)
         self._last = 0
 
     def on_train_batch_end(
@@ -84,9 +78,3 @@ class CurvatureCallback(Callback):
         if trainer.is_global_zero:
             found = self._measured(pl_module, step)
             pl_module.log_dict(found, rank_zero_only=True)
-
-    def _measured(self, model: LightningModule, step: int) -> dict[str, float]:
-        if self.tracker is None:
-            risk = EmpiricalRisk.from_batch_loss(model, self.loss, self.data, params=self.params)
-            self.tracker = Tracker(self._kind.from_risk(risk), k=self.k, **self.options)
-        return self.tracker(step)

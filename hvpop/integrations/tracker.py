@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..curvature.kinds import matrix as kind_of
 from ..operators import LinearOperator, arguments
+from ..risk import EmpiricalRisk
+from ..risk.losses import BatchLoss
 from ..spectrum import Density, eigsh, spectral_density, trace
 from ..spectrum.lanczos import Which
 
@@ -113,6 +116,25 @@ class Tracker:
         found[f"{PREFIX}products"] = float(products)
         self.history.append((at, found))
         return found
+
+
+class Measuring:
+    """What callbacks share: their arguments, and the tracker that the first measurement makes."""
+
+    def _begin(
+        self, every: int, k: int, data: Any, matrix: str, params: Any, loss: BatchLoss, options: Any
+    ) -> None:
+        arguments.counts("CurvatureCallback", every=every, k=k)
+        self.every, self.k, self.data, self.params = every, k, data, params
+        self.loss, self.options = loss, options
+        self._kind = kind_of(matrix)
+        self.tracker: Tracker | None = None
+
+    def _measured(self, model: nn.Module, step: int) -> dict[str, float]:
+        if self.tracker is None:
+            risk = EmpiricalRisk.from_batch_loss(model, self.loss, self.data, params=self.params)
+            self.tracker = Tracker(self._kind.from_risk(risk), k=self.k, **self.options)
+        return self.tracker(step)
 
 
 def _go_on(status: str) -> None:

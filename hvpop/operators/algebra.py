@@ -152,7 +152,7 @@ class Scaled(Composite):
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.parts[0]._batch_forms(V, batches)
-        return None if forms is None else forms.scaled(self.scale)
+        return forms and forms.scaled(self.scale)
 
     def _label(self) -> str:
         return f"Scaled({self.scale:g})"

@@ -17,22 +17,32 @@ Seed = int | torch.Generator
 """An integer, or a generator, from which an integer is drawn: equal ones give equal numbers."""
 
 
-def operator(who: str, A: Any) -> None:
-    """Refuse what is no operator of hvpop, or has no entries."""
+def operator(who: str, A: Any) -> LinearOperator:
+    """``A``; refuses what is no operator of hvpop, or has no entries."""
     if not isinstance(A, LinearOperator):
         raise TypeError(f"{who} expects an hvpop.LinearOperator, got {_wrapped(A)}")
     if 0 in A.shape:
         raise ValueError(f"{who} expects an operator that is not empty, got {A!r}")
+    return A
 
 
-def symmetric(who: str, A: Any, instead: str) -> None:
-    """Refuse what is no symmetric operator; ``instead`` is what to do with another."""
-    operator(who, A)
-    if not A.symmetric:
+def square(who: str, A: Any, instead: str = "") -> LinearOperator:
+    """``A``; refuses what is no square operator; ``instead`` is what to do with another."""
+    if operator(who, A).shape[0] != A.shape[1]:
+        raise ValueError(f"{who} expects a square operator, got {A!r}{instead and '; '}{instead}")
+    return A  # type: ignore[no-any-return]
+
+
+def symmetric(
+    who: str, A: Any, instead: str = "symmetrize it, or take svds of SciPy"
+) -> LinearOperator:
+    """``A``; refuses what is no symmetric operator; ``instead`` is what to do with another."""
+    if not operator(who, A).symmetric:
         raise ValueError(
             f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or, if it "
             f"is symmetric, {_said_symmetric(A)}"
         )
+    return A  # type: ignore[no-any-return]
 
 
 def _said_symmetric(A: LinearOperator) -> str:

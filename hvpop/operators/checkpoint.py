@@ -345,12 +345,7 @@ class _Written:
     rows: Mark | None
 
     def same(self, now: os.stat_result) -> bool:
-        mine, theirs = self.known, now
-        return (mine.st_ino, mine.st_dev, mine.st_size) == (
-            theirs.st_ino,
-            theirs.st_dev,
-            theirs.st_size,
-        )
+        return os.path.samestat(self.known, now) and self.known.st_size == now.st_size
 
     @staticmethod
     def now(held: Held, end: int, digest: bytes, found: list[Found]) -> _Written | None:

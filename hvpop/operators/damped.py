@@ -84,11 +84,7 @@ class Damped(Composite):
 
     def _batch_forms(self, V: Tensor, batches: int | None) -> BatchForms | None:
         forms = self.operator._batch_forms(V, batches)
-        return (
-            None
-            if forms is None
-            else forms.shifted(self.space.dots(V, self.damping(V).expand_as(V)))
-        )
+        return forms and forms.shifted(self.space.dots(V, self.damping(V).expand_as(V)))
 
 
 def _column(

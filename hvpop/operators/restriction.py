@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,3 +52,11 @@ class Restriction(LinearOperator):
 
     def _apply_transpose(self, U: Tensor) -> Tensor:
         return U.new_zeros(self.shape[1], U.shape[1]).index_add_(0, self.index, U)
+
+
+def picked(A: LinearOperator, names: Sequence[str]) -> Restriction:
+    """The restriction to the entries of some of an operator's parameters, in the order of ``names``."""
+    assert A.layout is not None
+    places = dict(A.layout.slices())
+    index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
+    return Restriction(index, A.layout.size, dtype=A.torch_dtype, device=A.device)

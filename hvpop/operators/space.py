@@ -196,11 +196,7 @@ class Space:
         """The Euclidean norms of the columns, ``(k,)``, float64; no square over- or underflows."""
         squares = self.dots(X, X)
         if X.dtype is torch.float64 and not bool(((squares > 1e-200) & (squares < 1e200)).all()):
-            size = self.largest(X)
-            usable = size.isfinite() & (size > 0)
-            size = torch.where(
-                usable, torch.ldexp(torch.ones_like(size), size.frexp().exponent), 1.0
-            )
+            size = powers(self.largest(X))
             X = X / size
             return size * self.dots(X, X).sqrt()
         return squares.sqrt()
@@ -293,6 +289,15 @@ class Space:
 # How many products of float32 numbers BLAS adds up by itself, in lanes of 16 at least: off by 2^11 roundings
 # at most, by some tens where all numbers are the same, and by less than one else.
 _SHORT = 1 << 15
+
+
+def powers(sizes: Tensor) -> Tensor:
+    """Powers of two near some sizes; 1 for zero, and for what is not finite.
+
+    Dividing by them changes no digit, and squares of entries neither over- nor underflow any more.
+    """
+    usual = sizes.isfinite() & (sizes > 0)
+    return torch.where(usual, sizes / (2 * torch.frexp(sizes).mantissa), 1.0)
 
 
 def _in_range(sums: Tensor) -> bool:

@@ -57,9 +57,8 @@ class Split:
 
 def split(A: LinearOperator) -> Split | None:
     """``A`` as a diagonal plus a low rank, if it is made of such; shares their memory where it can."""
-    made_by = next(
-        kind for kind in type(A).__mro__ if "_apply" in vars(kind)
-    )  # not by what a user's does
+    # not by what a user's does
+    made_by = next(kind for kind in type(A).__mro__ if "_apply" in vars(kind))
     rule = _RULES.get(made_by)
     return None if rule is None or A.shape[0] != A.shape[1] else rule(A)
 

@@ -53,9 +53,7 @@ class Analysis:
     products: Mapping[str, int] = field(default_factory=dict)
     kept: str = ""  # what the linearized operator kept and cost, in words
     interrupted: bool = False
-    skipped: Mapping[str, str] = field(
-        default_factory=dict
-    )  # parts that this operator has not: why
+    skipped: Mapping[str, str] = field(default_factory=dict)  # what this operator has not: why
 
     @property
     def condition(self) -> float | None:
@@ -180,11 +178,7 @@ def analyze(
     common: dict[str, Any] = {"seed": seed, "progress": progress}
 
     def at(part: str) -> dict[str, Any]:
-        return (
-            common
-            | budget
-            | {"checkpoint": None if checkpoint is None else checkpoint / f"{part}.pt"}
-        )
+        return {**common, **budget, "checkpoint": checkpoint and checkpoint / f"{part}.pt"}
 
     pairs = min(n, 2 * k if which == "BE" else k)
     work: dict[str, Callable[[], Any]] = {

@@ -50,9 +50,10 @@ def density_chart(density: Density, marks: Sequence[float], *, log: bool) -> Cha
         share = log10(v / floor_) / log10(ceiling / floor_) if log else v / ceiling
         return float(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM))
 
-    there = [f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, high, strict=True)]
-    back = [f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, low, strict=True)]
-    line = [f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, value, strict=True)]
+    line, there, back = (
+        [f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, heights, strict=True)]
+        for heights in (value, high, low)
+    )
     heights = decades(floor_, ceiling) if log else steps(0.0, ceiling)
     scale = "logarithmic" if log else "linear"
     return Chart(
@@ -77,10 +78,10 @@ def steps(low: float, high: float, most: int = 5) -> list[float]:
     return [step * i for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 
 
-def decades(low: float, high: float, most: int = 6) -> list[float]:
+def decades(low: float, high: float) -> list[float]:
     """Powers of ten between two numbers, every second or third if there are many."""
     exponents = range(ceil(log10(low)), floor(log10(high)) + 1)
-    stride = max(1, ceil(len(exponents) / most))
+    stride = max(1, ceil(len(exponents) / 6))
     return [10.0**e for e in exponents[::stride]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import hypot, inf
 from typing import Any
 
@@ -51,16 +51,10 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "rows": [
-                {
-                    "name": r.name, "a": r.a, "b": r.b, "error_a": r.error_a,
-                    "error_b": r.error_b, "differs": r.differs,
-                }
-                for r in self.rows
-            ],
+            "rows": [asdict(row) | {"differs": row.differs} for row in self.rows],
             "settings": list(self.settings),
             "missing": list(self.missing),
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         width = max([len("number"), *(len(row.name) for row in self.rows)])

@@ -272,8 +272,7 @@ class _as_at_the_first_pass(Exchange):  # noqa: N801 (used like a function)
             generator.manual_seed(self._seed)
         for owner in owners:
             if hasattr(owner, "set_epoch") and hasattr(owner, "epoch"):
-                self._noted(setattr, owner, "epoch", owner.epoch)
-                owner.epoch = 0
+                self._set(owner, "epoch", 0)
 
 
 def _pass(data: Any) -> Iterable[Any]:

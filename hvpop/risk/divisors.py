@@ -20,9 +20,8 @@ class DivisorWatch:
 
     def __init__(self) -> None:
         self.found: str | None = None
-        self.trusted = (
-            False  # whatever is found: the loss has been proven to be a mean over samples
-        )
+        self.trusted = False
+        """Whatever is found: whether the loss has been proven to be a mean over samples."""
 
     @property
     def table(self) -> Table:

@@ -186,9 +186,7 @@ class EmpiricalRisk:
                 samples += len(batch.place)
                 batch = batch._replace(place=batch.place * ranks + rank)
             counted += weight > 0
-            if (
-                weight > 0 or self._whole
-            ):  # a mean over nothing (all targets ignored) is not a number
+            if weight > 0 or self._whole:  # a mean over nothing (all ignored) is not a number
                 seed = seed_tensor(self.seed + i * ranks + rank)
                 yield Term(self.loss, (batch, seed), weight, f"batch {i}")
         if counted == 0:
@@ -242,37 +240,27 @@ class EmpiricalRisk:
 
     def batchwise(self) -> EmpiricalRisk:
         """The same risk in batch mode."""
-        risk = self._copy()
-        risk.mode = "batch"
-        return risk
+        return self._with(mode="batch")
 
     def whole(self) -> EmpiricalRisk:
         """The same risk in batch mode, whose terms are all batches, those that count nothing too."""
-        risk = self.batchwise()
-        risk._whole = True
-        return risk
+        return self._with(mode="batch", _whole=True)
 
     def positioned(self) -> EmpiricalRisk:
         """The same risk in batch mode, whose batches know which samples are theirs (`Positioned`)."""
-        risk = self.batchwise()
-        risk._positioned = True
-        return risk
+        return self._with(mode="batch", _positioned=True)
 
     def restricted(self, params: Selection) -> EmpiricalRisk:
         """The same risk as a function of some of its parameters; the others stay as they are."""
         chosen = self.parameters()
-        risk = self._copy()
         wanted = self._inventory.trainable(params)
-        risk._selection = [name for name in chosen if name in wanted]
-        return risk
+        return self._with(_selection=[name for name in chosen if name in wanted])
 
     def on_shard(self, rank: int, ranks: int) -> EmpiricalRisk:
         """The same risk where other processes have other batches: their random numbers are others."""
-        risk = self._copy()
-        risk._shard = rank, ranks
-        risk._weigher = Weigher(self.average, self.batch_loss, alone=ranks == 1)
-        risk.function = LossFunction(self._roots, self.batch_loss, risk._weigher)
-        return risk
+        weigher = Weigher(self.average, self.batch_loss, alone=ranks == 1)
+        function = LossFunction(self._roots, self.batch_loss, weigher)
+        return self._with(_shard=(rank, ranks), _weigher=weigher, function=function)
 
     def first_batch(self) -> str | None:
         """A checksum of the first batch; None if there is none."""
@@ -311,15 +299,14 @@ class EmpiricalRisk:
         now = self.function.look() if self._live else self.function.now
         settings = now.settings()
         if self._frozen is None or self._frozen[0] != settings:
-            frozen = self._copy()
-            frozen.function, frozen._live = self.function.frozen(now), False
+            frozen = self._with(function=self.function.frozen(now), _live=False)
             self._frozen = settings, frozen
         frozen = self._frozen[1]
         frozen.function.now = now
         frozen.parameters()
         return frozen
 
-    def _copy(self) -> EmpiricalRisk:
+    def _with(self, **changes: Any) -> EmpiricalRisk:
         copied = copy.copy(self)
-        copied._frozen = None
+        vars(copied).update(_frozen=None, **changes)
         return copied

@@ -295,10 +295,7 @@ def _shifted(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def _signed(x: int) -> int:
-    return x - 2**64 if x >= 2**63 else x
-
-
-_GOLDEN, _FIRST, _SECOND = map(
-    _signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+# as signed numbers of 64 bits
+_GOLDEN, _FIRST, _SECOND = (
+    x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )

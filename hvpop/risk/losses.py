@@ -230,10 +230,6 @@ def _answers(model: nn.Module, batch: Any) -> float:
     return float((starts < ids.shape[1]).sum())
 
 
-def _samples(model: nn.Module, batch: Any) -> float:
-    return samples_in(batch)
-
-
 def rule_of(batch_loss: BatchLoss, model: nn.Module) -> Callable[[Any], float] | None:
     """How a batch loss, as it is set now, weighs a batch; None if it does not say."""
     if isinstance(batch_loss, autoencoder):
@@ -252,7 +248,7 @@ def guesses_of(batch_loss: BatchLoss) -> list[Callable[[nn.Module, Any], float]]
     """What a batch loss may divide by, the likeliest first; None if it is a number of samples."""
     if not isinstance(batch_loss, hugging_face):
         return None
-    return [batch_loss.weight, _labels, _next_labels, _answers, _samples]
+    return [batch_loss.weight, _labels, _next_labels, _answers, lambda _, batch: samples_in(batch)]
 
 
 def weight_of(batch_loss: BatchLoss, model: nn.Module, batch: Any) -> float:

@@ -21,7 +21,7 @@ def concatenated(terms: Sequence[Term]) -> Term | None:
     Right only if the loss is a mean over samples that do not see each other and that run along the
     first dimension of every tensor. The caller has to make sure, by comparing products.
     """
-    merged = _merged(terms, torch.cat, _same_samples)
+    merged = _merged(terms, torch.cat, _form)
     if merged is None:
         return None
     weight = sum(term.weight for term in terms)
@@ -48,7 +48,7 @@ def stacked(terms: Sequence[Term]) -> Term | None:
 
     Right for every loss that vmap can handle; needs batches of equal shape.
     """
-    merged = _merged(terms, torch.stack, _same_shape)
+    merged = _merged(terms, torch.stack, lambda x: (x.shape, x.dtype))
     if merged is None:
         return None
     weights = merged_weights(terms)
@@ -79,9 +79,9 @@ class OverBatches(OfLosses):
 def _merged(
     terms: Sequence[Term],
     join: Callable[[list[Tensor]], Tensor],
-    fit: Callable[[Tensor, Tensor], bool],
+    form: Callable[[Tensor], Any],
 ) -> Any:
-    """The batches of some terms with their tensors joined, or None."""
+    """The batches of some terms with their tensors joined, or None if these differ in form."""
     batches = [pytree.tree_flatten(term.data[0]) for term in terms]
     structure = batches[0][1]
     if any(other != structure for _, other in batches):
@@ -90,7 +90,7 @@ def _merged(
     for leaves in zip(*(leaves for leaves, _ in batches), strict=True):
         first = leaves[0]
         if isinstance(first, Tensor):
-            if not all(isinstance(x, Tensor) and fit(first, x) for x in leaves):
+            if not all(isinstance(x, Tensor) and form(x) == form(first) for x in leaves):
                 return None
             merged.append(join(list(leaves)))
         elif isinstance(first, _PLAIN) and all(x == first for x in leaves):
@@ -98,14 +98,6 @@ def _merged(
         else:
             return None
     return pytree.tree_unflatten(merged, structure)
-
-
-def _same_samples(first: Tensor, other: Tensor) -> bool:
-    return bool(_form(first) == _form(other))
-
-
-def _same_shape(first: Tensor, other: Tensor) -> bool:
-    return first.shape == other.shape and first.dtype == other.dtype
 
 
 def _range(terms: Sequence[Term]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -17,6 +17,10 @@ from .settings import Snapshot, differ
 Selection = Any
 """``params=``: None, a name, a glob, a module, a parameter, a predicate ``(name, parameter) -> bool``,
 a mapping with names as keys, or an iterable of these."""
+
+
+Slots = Any
+"""What has tensors by name: those of a module, or a `_ScriptSlots`."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -49,7 +53,7 @@ class Inventory:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self._roots = roots
-        self.slots: list[tuple[MutableMapping[str, Any], str, str]] = []
+        self.slots: list[tuple[Slots, str, str]] = []
         self.recurrent: list[nn.RNNBase] = []
         self.modules: list[nn.Module] = []
         seen: dict[int, str] = {}
@@ -67,7 +71,7 @@ class Inventory:
             (self.parameters, module._parameters),
             (self.buffers, module._buffers),
         ):
-            slots = _ScriptSlots(module) if scripted else tensors
+            slots: Slots = _ScriptSlots(module) if scripted else tensors
             for key, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -93,8 +97,9 @@ class Inventory:
             if not any(test(n, p) for n, p in trainable.items()):
                 inside = isinstance(item, str) and any(n.startswith(f"{item}.") for n in trainable)
                 meant = f"did you mean {item + '.*'!r}? " if inside else ""
+                shown = repr(item) if isinstance(item, str) else f"<{type(item).__name__}>"
                 raise ValueError(
-                    f"params={_shown(item)} matches no trainable parameter; {meant}"
+                    f"params={shown} matches no trainable parameter; {meant}"
                     f"there are {', '.join(trainable)}"
                 )
         if not chosen:
@@ -159,9 +164,8 @@ class _Holding(Exchange):
         modes = [] if self._snapshot is None else self._snapshot.changed_modes()
         attributes += [(held, held.copy()) for held, _ in settings]
         self._noted(_restore, replaced, buffers, attributes)
-        for module, now, before in modes:
-            self._noted(setattr, module, "training", now)
-            module.training = before
+        for module, before in modes:
+            self._set(module, "training", before)
         for held, kept in settings:
             held.clear()
             held.update(kept)
@@ -173,7 +177,7 @@ class _Holding(Exchange):
 
 
 def _restore(
-    replaced: list[tuple[MutableMapping[str, Any], str, Any, Any]],
+    replaced: list[tuple[Slots, str, Any, Any]],
     buffers: list[tuple[dict[str, Any], int]],
     attributes: list[tuple[dict[str, Any], dict[str, Any]]],
 ) -> None:
@@ -189,7 +193,7 @@ def _restore(
             now.update(before)
 
 
-class _ScriptSlots(MutableMapping[str, Any]):
+class _ScriptSlots:
     """The slots of a ScriptModule, whose tensors live on its C++ side."""
 
     def __init__(self, module: Any) -> None:
@@ -205,15 +209,6 @@ class _ScriptSlots(MutableMapping[str, Any]):
             )
         self._module.setattr(key, tensor)
 
-    def __delitem__(self, key: str) -> None:
-        raise TypeError("the slots of a ScriptModule cannot be deleted")
-
-    def __iter__(self) -> Iterator[str]:
-        raise TypeError("the slots of a ScriptModule are addressed by name")
-
-    def __len__(self) -> int:
-        raise TypeError("the slots of a ScriptModule are addressed by name")
-
 
 def kept(selection: Selection) -> Selection:
     """A selection that can be looked at any number of times."""
@@ -224,7 +219,3 @@ def _items(selection: Selection) -> list[Any]:
     if isinstance(selection, Iterable) and not isinstance(selection, str | nn.Module | Tensor):
         return list(selection)
     return [selection]
-
-
-def _shown(item: Any) -> str:
-    return repr(item) if isinstance(item, str) else f"<{type(item).__name__}>"

@@ -38,7 +38,7 @@ def normaliser_of(loss: Any) -> Normaliser | None:
         ignored = settings.get("ignore_index", -100)
         return functools.partial(_counted_classes, settings.get("weight"), ignored)
     if function in _BY_ELEMENT and settings.get("reduction", "mean") == "mean":
-        return _elements
+        return lambda targets: float(targets.numel())
     return None
 
 
@@ -79,21 +79,11 @@ def _inherited(loss: type[nn.Module]) -> Any:
     return None
 
 
-def _elements(targets: Tensor) -> float:
-    return float(targets.numel())
-
-
 def _counted_classes(weight: Tensor | None, ignored: int | None, targets: Tensor) -> float:
     """Cross entropy divides by the class weights of the targets that it does not ignore."""
-    if (
-        weight is None
-        and type(targets) is Tensor
-        and targets.dtype is torch.int64
-        and targets.is_cpu
-    ):
-        array = np.frombuffer(
-            content(targets.contiguous()), np.int64
-        )  # counts at a fifth of torch's cost
+    indices = type(targets) is Tensor and targets.dtype is torch.int64
+    if weight is None and indices and targets.is_cpu:  # NumPy counts at a fifth of torch's cost
+        array = np.frombuffer(content(targets.contiguous()), np.int64)
         if ignored is None or (ignored < 0 and array.size and array.item(array.argmin()) >= 0):
             return float(array.size)
         return float(np.count_nonzero(array != ignored))
@@ -127,15 +117,4 @@ _BY_CLASS_WEIGHT: set[Any] = {F.cross_entropy, F.nll_loss}
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
     _FUNCTION_OF[nn.LinearCrossEntropyLoss] = F.linear_cross_entropy
     _BY_CLASS_WEIGHT.add(F.linear_cross_entropy)
-_BY_ELEMENT = {
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.poisson_nll_loss,
-    F.soft_margin_loss,
-    F.hinge_embedding_loss,
-    F.kl_div,
-}
+_BY_ELEMENT = set(_FUNCTION_OF.values()) - _BY_CLASS_WEIGHT

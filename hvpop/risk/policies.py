@@ -46,8 +46,7 @@ class TwiceDifferentiable(_Patches):
     def _change(self) -> None:
         if TwiceDifferentiable.active:
             return
-        self._noted(setattr, TwiceDifferentiable, "active", False)
-        TwiceDifferentiable.active = True
+        self._set(TwiceDifferentiable, "active", True)
         self._use_math_attention()
         self._run_checkpoints_plainly()
         compiled = _torch.compiled_code()
@@ -96,8 +95,7 @@ class FunctionsWatched(_Patches):
 
     def _change(self) -> None:
         if not FunctionsWatched.active:
-            self._noted(setattr, FunctionsWatched, "active", False)
-            FunctionsWatched.active = True
+            self._set(FunctionsWatched, "active", True)
             self._patch(torch.autograd.Function, "apply", classmethod(_apply))
             if _torch.unwrap_dead_wrappers is not None:
                 self._patch(_torch.functorch_utils, "unwrap_dead_wrappers", _unwrapped)

@@ -38,10 +38,7 @@ class Reading:
 
     def count(self, batch: Any) -> int | None:
         """The number of samples; None if the batch is not made so."""
-        if self is COLUMNS and type(batch) in (
-            tuple,
-            list,
-        ):  # the usual case, at a tenth of the cost
+        if self is COLUMNS and type(batch) in (tuple, list):  # usual: at a tenth of the cost
             sizes = {t.size(0) if type(t) is Tensor and t.ndim else None for t in batch}
             if len(sizes) == 1 and None not in sizes:
                 return sizes.pop()

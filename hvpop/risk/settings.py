@@ -243,9 +243,9 @@ class Snapshot:
         memo = dict(self._shared)
         return [(now, _own_items(kept, memo)) for now, kept in self._kept if differ(now, kept)]
 
-    def changed_modes(self) -> list[tuple[nn.Module, bool, bool]]:
-        """Scripted modules that have left train or eval mode: the present one, and that to be in."""
-        return [(m, m.training, mode) for m, mode in self._modes if m.training != mode]
+    def changed_modes(self) -> list[tuple[nn.Module, bool]]:
+        """Scripted modules that have left train or eval mode, and the one to be in."""
+        return [(m, mode) for m, mode in self._modes if m.training != mode]
 
 
 def differ(now: dict[str, Any], before: dict[str, Any]) -> bool:

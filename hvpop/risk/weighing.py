@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -234,7 +235,7 @@ class _Proof:
         self.settled = False  # nothing more can be told
         self._assumed: Weight = lambda batch: weight_of(batch_loss, model, batch)
         guesses = guesses_of(batch_loss)
-        self._guesses: list[Weight] = [_given(guess, model) for guess in guesses or ()]
+        self._guesses: list[Weight] = [partial(guess, model) for guess in guesses or ()]
         self._seen: dict[int, Any] = {}
         self.changed = False  # the batch looked at last
         self._per_term: float | None = None  # the weight, if calls tell what batches divide by
@@ -450,8 +451,7 @@ class _InModes(Exchange):
     def _change(self) -> None:
         for module, mode in self._modes:
             if module.training != mode:
-                self._noted(setattr, module, "training", module.training)
-                module.training = mode
+                self._set(module, "training", mode)
 
 
 def _halves(reading: Reading, batch: Any) -> Iterator[tuple[Any, Any]]:
@@ -473,10 +473,6 @@ def _pieces(reading: Reading, first: Any, second: Any) -> Iterator[tuple[Any, An
                 yield a, c, d
 
 
-def _given(guess: Callable[[nn.Module, Any], float], model: nn.Module) -> Weight:
-    return lambda batch: guess(model, batch)
-
-
 def _look(batch: Any) -> Any:
     """What changes when a batch held by the user is replaced or written to."""
     return [_glance(array) for array in arrays_inside(batch)]
@@ -486,16 +482,11 @@ def _glance(array: Tensor | np.ndarray) -> Any:
     if isinstance(array, Tensor):
         version = 0 if array.is_inference() else array._version
         place: Any = id(array), version, _shape(array)
-        if array.device.type != "cpu" or array.layout is not torch.strided or array.requires_grad:
-            return place
-        if array.is_nested:
-            return place
-        if array.nbytes > SMALL:
-            return place
-        return place, checksum(array)
-    if array.nbytes > SMALL or array.dtype.hasobject:
-        return id(array), array.shape
-    return id(array), checksum(array)
+        here = array.device.type == "cpu" and array.layout is torch.strided
+        plain = here and not (array.requires_grad or array.is_nested)
+        return (place, checksum(array)) if plain and array.nbytes <= SMALL else place
+    large = array.nbytes > SMALL or array.dtype.hasobject
+    return id(array), array.shape if large else checksum(array)
 
 
 def _shapes(batch: Any) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,22 +96,11 @@ def cg(
     (('converged',), 4)
     """
     checks.symmetric("cg", A)
-    checks.limits("cg", rtol, atol, max_steps)
-    B = checks.columns("cg", A, b)
-    X0 = checks.start("cg", A, b, x0)
-    M = checks.preconditioner("cg", A, preconditioner)
+    recurrence = _ConjugateGradients(A, checks.preconditioner("cg", A, preconditioner))
     return lockstep.solve(
-        _ConjugateGradients(A.linearize(), M),
-        b,
-        B,
-        X0,
-        rtol=rtol,
-        atol=atol,
-        max_steps=10 * A.shape[0] if max_steps is None else max_steps,
-        callback=callback,
-        progress=progress,
-        checkpoint=checkpoint,
-    )
+        recurrence, b, x0, rtol=rtol, atol=atol, max_steps=max_steps, callback=callback,
+        progress=progress, checkpoint=checkpoint,
+    )  # fmt: skip
 
 
 @dataclass
@@ -130,7 +118,7 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)
-        Z, rho = self._precondition(R)
+        Z, rho = self.precondition(R)
         return _State(
             X=torch.zeros_like(B) if X is None else X,
             error=self._error(R, rho),
@@ -165,7 +153,7 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
         steps = torch.where(flat, 0.0, state.rho / torch.where(flat, 1.0, curvature))
         alpha = steps.to(AP)
 
-        Z, rho = self._precondition(
+        Z, rho = self.precondition(
             state.R, lambda part: state.R[part].addcmul_(AP[part], alpha, value=-1)
         )
         moves = steps.abs() * squares.sqrt()
@@ -194,16 +182,3 @@ class _ConjugateGradients(lockstep.Recurrence[_State]):
     def above_floor(self, state: _State) -> bool:
         floor = 8 * torch.finfo(self.A.torch_dtype).eps * self.scale * state.reach
         return bool((state.error > floor).all())
-
-    def _precondition(
-        self, R: Tensor, first: Callable[[slice], object] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``M R`` and ``r'Mr``, of residuals that ``first`` updates."""
-        if self.M is None:
-            return R, self.space.together((R, R), first=first)[0]
-        if first is not None:
-            first(slice(None))
-        Z: Tensor = self.M @ R
-        rho = self.space.dots(R, Z)
-        checks.positive_form(self.who, self.A, self.M.parts[0], R, rho)
-        return Z, rho

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator, Space, arguments
 from ..operators.crossing import into, working_dtype
+from ..operators.space import powers
 from .results import Callback, Step
 
 
@@ -92,12 +93,8 @@ def positive_form(who: str, A: LinearOperator, M: LinearOperator, R: Tensor, for
 
 
 def sizes(V: Tensor, space: Space | None = None) -> Tensor:
-    """A power of two near the largest entry of each column, ``(k,)``; 1 for zero.
-
-    Dividing by it changes no digit, and squares of entries neither over- nor underflow any more.
-    """
-    largest = (space or Space.of(V)).largest(V)
-    return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
+    """A power of two near the largest entry of each column, ``(k,)``."""
+    return powers((space or Space.of(V)).largest(V))
 
 
 def norms(V: Tensor, space: Space | None = None) -> Tensor:

@@ -62,12 +62,9 @@ class Direct:
         return float(diagonal.abs().log().sum())
 
     def _factorize(self, A: LinearOperator) -> None:
-        arguments.operator("Direct", A)
-        A = A.linearize()
+        A = arguments.square("Direct", A, "use lsmr").linearize()
         if A is self._of and A.is_current():
             return
-        if A.shape[0] != A.shape[1]:
-            raise ValueError(f"Direct expects a square operator, got {A!r}; use lsmr")
         dense = A.to_dense()
         if not bool(dense.isfinite().all()):
             raise FloatingPointError(f"Direct: {A!r} has entries that are not finite")

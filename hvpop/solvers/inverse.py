@@ -9,7 +9,7 @@ from ..operators import LinearOperator, LowRank, arguments
 from ..operators.algebra import Composite
 from . import convergence
 from .results import SolveResult
-from .woodbury import Solver, Woodbury
+from .woodbury import Solver, Woodbury, logdet_by
 
 
 class Inverse(Composite):
@@ -44,11 +44,7 @@ class Inverse(Composite):
     """
 
     def __init__(self, A: LinearOperator, solve: Solver | None = None) -> None:
-        arguments.operator("Inverse", A)
-        if A.shape[0] != A.shape[1]:
-            raise ValueError(
-                f"Inverse expects a square operator, got {A!r}; lsmr solves rectangular systems"
-            )
+        arguments.square("Inverse", A, "lsmr solves rectangular systems")
         if solve is not None and not callable(solve):
             raise TypeError(
                 f"Inverse expects solve as a function of an operator and columns, such as cg, minres "
@@ -64,14 +60,7 @@ class Inverse(Composite):
 
     def logdet(self) -> float:
         """``log det A^-1``, where the solver knows it, as `Direct` and `Woodbury` do."""
-        logdet = getattr(self.solve, "logdet", None)
-        if logdet is None:
-            name = getattr(self.solve, "__name__", type(self.solve).__name__)
-            raise TypeError(
-                f"{self!r}: its solver {name} does not give the determinant; use solve=Direct(), "
-                "or an estimate of log det A"
-            )
-        return -float(logdet(self.operator))
+        return -logdet_by(self.solve, self.operator, f"{self!r}:")
 
     _by_parts = True
 

@@ -8,7 +8,7 @@ starts again from that residual where rounding has parted the two, and ends what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -55,6 +55,11 @@ def some(M: Tensor, columns: Tensor) -> Tensor:
     if columns.numel() == M.shape[-1]:
         return M
     return M.T[columns].T if M.ndim == 2 else M[columns]
+
+
+def reciprocal(values: Tensor) -> Tensor:
+    """``1 / values``, and 0 for 0."""
+    return torch.where(values == 0, 0.0, 1 / torch.where(values == 0, 1.0, values))
 
 
 S = TypeVar("S", bound=State)
@@ -113,6 +118,10 @@ class Recurrence(ABC, Generic[S]):
     @abstractmethod
     def start(self, B: Tensor, X: Tensor | None) -> S:
         """The recurrence from the iterates ``X`` (zero if None), its `error` from the true residual."""
+
+    def extended(self, B: Tensor) -> Tensor:
+        """The right-hand sides as they are solved for."""
+        return B
 
     def error_at(self, B: Tensor, X: Tensor) -> Tensor:
         """The `error` of the iterates ``X`` by their true residual, ``(k,)``."""
@@ -186,36 +195,54 @@ class Recurrence(ABC, Generic[S]):
         """``B - A X``, in memory of its own; no product where ``X`` is None."""
         return B.clone() if X is None else self.multiply(X).neg_().add_(B)
 
+    def precondition(
+        self, R: Tensor, first: Callable[[slice], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``M R`` and ``r'Mr``, float64, of residuals that ``first`` updates."""
+        if self.M is None:
+            return R, self.space.together((R, R), first=first)[0]
+        if first is not None:
+            first(slice(None))
+        Z: Tensor = self.M @ R
+        rho = self.space.dots(R, Z)
+        checks.positive_form(self.who, self.A, self.M.parts[0], R, rho)
+        return Z, rho
+
 
 def solve(
     recurrence: Recurrence[S],
     b: Tensor,
-    B: Tensor,
-    X0: Tensor | None,
+    x0: Tensor | None,
     *,
     rtol: float,
     atol: float,
-    max_steps: int,
+    max_steps: int | None,
     callback: Callback | None,
     progress: bool,
     checkpoint: Place | None,
 ) -> SolveResult:
-    """Run the recurrence for the columns ``B`` of ``b`` until each one ends."""
-    checks.callback(recurrence.who, callback)
+    """Run the recurrence for the columns of ``b`` until each one ends; what users give is looked at first."""
+    A, who = recurrence.A, recurrence.who
+    checks.limits(who, rtol, atol, max_steps)
+    B = recurrence.extended(checks.columns(who, A, b))
+    X0 = checks.start(who, A, b, x0)
+    checks.callback(who, callback)
+    recurrence.A = A.linearize()
+    limit = 10 * min(A.shape) if max_steps is None else max_steps
     file = None if checkpoint is None else _file(checkpoint, recurrence, b, X0)
     run = _Run(recurrence, B, X0, vector=b.ndim == 1)
-    bar = Bar(recurrence.who, progress)
+    bar = Bar(who, progress)
     ended: Status = "max steps"
     try:
         if file is None or not run.found(file):
             run.begin()
         run.aim(rtol, atol)
-        while run.running and run.steps < max_steps and ended != "interrupted":
+        while run.running and run.steps < limit and ended != "interrupted":
             run.step()
             bar.update(run.worst)
             if file is not None and file.due_after_step():
                 file.save(run.pack())
-            if checks.stopped(recurrence.who, callback, run.report):
+            if checks.stopped(who, callback, run.report):
                 ended = "interrupted"
         if file is not None:
             file.save(run.pack())
@@ -392,9 +419,8 @@ class _Run(Generic[S]):
         claimed = (state.error <= self.target[at]) | (state.halt == BREAKDOWN)
         low = torch.zeros_like(claimed)
         if bool(claimed.any()) or not self.recurrence.above_floor(state):
-            depth = state.error / self.recurrence.floor(
-                state
-            )  # falls with the error, or as x grows
+            # falls with the error, or as x grows
+            depth = state.error / self.recurrence.floor(state)
             low = (depth <= 1) & (depth <= 0.1 * self.checked[at])
         due = ((claimed | low) & ~negative).nonzero().squeeze(1)
         ended = torch.zeros_like(negative)
@@ -413,9 +439,8 @@ class _Run(Generic[S]):
         faithful = ~claimed & (state.error[due] >= 0.5 * fresh.error)
         improved = fresh.error <= 0.5 * self.reference[at]
         first = self.reference[at].isinf() & (fresh.error <= self.error[at])
-        better = (
-            converged | first | (fresh.error <= 0.9 * self.error[at])
-        )  # not by rounding's grace
+        # not by rounding's grace
+        better = converged | first | (fresh.error <= 0.9 * self.error[at])
         ended = converged | ~(faithful | improved)
         self._write(at[better], some(fresh.X, better), last=bool(ended.all()))
         self.error[at[better]] = fresh.error[better]

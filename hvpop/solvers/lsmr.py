@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.checkpoint import Place
-from . import checks, lockstep
-from .lockstep import BREAKDOWN, GO
+from . import lockstep
+from .lockstep import BREAKDOWN, GO, reciprocal
 from .results import Callback, LeastSquaresResult
 
 
@@ -74,24 +74,13 @@ def lsmr(
     (tensor([1.0000, 0.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     arguments.operator("lsmr", A)
-    checks.limits("lsmr", rtol, atol, max_steps)
     arguments.not_negative("lsmr", damping=damping)
-    B = checks.columns("lsmr", A, b)
-    X0 = checks.start("lsmr", A, b, x0)
-    recurrence = _LeastSquares(A.linearize(), math.sqrt(damping))
+    recurrence = _LeastSquares(A, math.sqrt(damping))
     result = lockstep.solve(
-        recurrence,
-        b,
-        recurrence.extended(B),
-        X0,
-        rtol=rtol,
-        atol=atol,
-        max_steps=10 * min(A.shape) if max_steps is None else max_steps,
-        callback=callback,
-        progress=progress,
-        checkpoint=checkpoint,
-    )
-    X = result.x if b.ndim == 2 else result.x.unsqueeze(1)
+        recurrence, b, x0, rtol=rtol, atol=atol, max_steps=max_steps, callback=callback,
+        progress=progress, checkpoint=checkpoint,
+    )  # fmt: skip
+    B, X = (M if M.ndim == 2 else M.unsqueeze(1) for M in (b.detach().to(result.x), result.x))
     known = {f.name: getattr(result, f.name) for f in fields(result)}
     known["residual_norms"] = recurrence.norms(B - recurrence.A @ X)
     known["products"] += X.shape[1]
@@ -144,10 +133,10 @@ class _LeastSquares(lockstep.Recurrence[_State]):
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         U = B.clone() if X is None else B - self._forward(X)
         beta = self.norms(U)
-        U = U * _reciprocal(beta)
+        U = U * reciprocal(beta)
         V = self._back(U)
         alpha = self.norms(V)
-        V = V * _reciprocal(alpha)
+        V = V * reciprocal(alpha)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         return _State(
             X=torch.zeros_like(V) if X is None else X,
@@ -172,29 +161,29 @@ class _LeastSquares(lockstep.Recurrence[_State]):
         # Golub-Kahan: one more row and column of the bidiagonal
         U = self._forward(t.V).addcmul_(t.U, t.alpha, value=-1)
         beta = self.norms(U)
-        U *= _reciprocal(beta)
+        U *= reciprocal(beta)
         V = self._back(U).addcmul_(t.V, beta, value=-1)
         alpha = self.norms(V)
         t.size = torch.maximum(t.size, torch.hypot(alpha, beta))
         alpha = torch.where(alpha <= self.eps * t.size, 0.0, alpha)
-        V *= _reciprocal(alpha)
+        V *= reciprocal(alpha)
 
         # QR of the bidiagonal, then QR of the transpose of its factor
         rho = torch.hypot(t.alpha_bar, beta)
-        c, s = t.alpha_bar * _reciprocal(rho), beta * _reciprocal(rho)
+        c, s = t.alpha_bar * reciprocal(rho), beta * reciprocal(rho)
         theta = s * alpha
         theta_bar = t.s_bar * rho
         rho_bar = torch.hypot(t.c_bar * rho, theta)
         # no singular value of A is this small: the direction is rounding
         flat = (rho <= self.eps * t.size) | (rho_bar <= self.eps * t.size)
         t.halt = torch.where(flat, BREAKDOWN, GO)
-        c_bar = t.c_bar * rho * _reciprocal(rho_bar)
-        s_bar = theta * _reciprocal(rho_bar)
+        c_bar = t.c_bar * rho * reciprocal(rho_bar)
+        s_bar = theta * reciprocal(rho_bar)
         zeta = torch.where(flat, 0.0, c_bar * t.zeta_bar)
 
-        t.H_bar = t.H - (theta_bar * _reciprocal(t.rho)) * (rho * _reciprocal(t.rho_bar)) * t.H_bar
-        t.X.addcmul_(t.H_bar, zeta * _reciprocal(rho) * _reciprocal(rho_bar))
-        t.H = V - (theta * _reciprocal(rho)) * t.H
+        t.H_bar = t.H - (theta_bar * reciprocal(t.rho)) * (rho * reciprocal(t.rho_bar)) * t.H_bar
+        t.X.addcmul_(t.H_bar, zeta * reciprocal(rho) * reciprocal(rho_bar))
+        t.H = V - (theta * reciprocal(rho)) * t.H
         t.zeta_bar = torch.where(flat, t.zeta_bar, -s_bar * t.zeta_bar)
         # beside an infinite size everything would pass for rounding
         t.error = torch.where(t.size.isfinite(), t.zeta_bar.abs(), torch.nan)
@@ -223,8 +212,3 @@ class _LeastSquares(lockstep.Recurrence[_State]):
 
     def _root(self) -> float:
         return self.root / (self.unit or 1.0)
-
-
-def _reciprocal(values: Tensor) -> Tensor:
-    """``1 / values``, and 0 for 0."""
-    return torch.where(values == 0, 0.0, 1 / torch.where(values == 0, 1.0, values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..operators import LinearOperator
 from ..operators.checkpoint import Place
 from . import checks, lockstep
-from .lockstep import BREAKDOWN, GO
+from .lockstep import BREAKDOWN, GO, reciprocal
 from .results import Callback, SolveResult
 
 
@@ -52,22 +51,11 @@ def minres(
     ('stagnated',)
     """
     checks.symmetric("minres", A)
-    checks.limits("minres", rtol, atol, max_steps)
-    B = checks.columns("minres", A, b)
-    X0 = checks.start("minres", A, b, x0)
-    M = checks.preconditioner("minres", A, preconditioner)
+    recurrence = _MinimalResiduals(A, checks.preconditioner("minres", A, preconditioner))
     return lockstep.solve(
-        _MinimalResiduals(A.linearize(), M),
-        b,
-        B,
-        X0,
-        rtol=rtol,
-        atol=atol,
-        max_steps=10 * A.shape[0] if max_steps is None else max_steps,
-        callback=callback,
-        progress=progress,
-        checkpoint=checkpoint,
-    )
+        recurrence, b, x0, rtol=rtol, atol=atol, max_steps=max_steps, callback=callback,
+        progress=progress, checkpoint=checkpoint,
+    )  # fmt: skip
 
 
 @dataclass
@@ -97,7 +85,8 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
 
     def start(self, B: Tensor, X: Tensor | None) -> _State:
         R = self.residual(B, X)
-        Z, phi = self._precondition(R)
+        Z, squares = self.precondition(R)
+        phi = squares.sqrt().to(R)
         zero, one = torch.zeros_like(phi), torch.ones_like(phi)
         Q, Z = self._scaled(R.clone(), None if Z is R else Z, phi)
         return _State(
@@ -137,7 +126,8 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
             Y[part].addcmul_(t.Q[part], alpha, value=-1)
             Y[part].addcmul_(t.Q_last[part], t.beta, value=-1)
 
-        MY, beta = self._precondition(Y, orthogonalized)
+        MY, of_next = self.precondition(Y, orthogonalized)
+        beta = of_next.sqrt().to(Y)
         t.size = torch.maximum(t.size, torch.hypot(torch.hypot(t.beta, alpha), beta))
         beta = torch.where(beta <= self.eps * t.size, 0.0, beta)
         Q, Z = self._scaled(Y, None if MY is Y else MY, beta)
@@ -160,7 +150,7 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
         flat = (slope <= 4 * self.eps * t.size) | (gamma == 0) | runs_away
         t.halt = torch.where(flat, BREAKDOWN, GO)
 
-        inverse = torch.where(flat, 0.0, _reciprocal(gamma))
+        inverse = torch.where(flat, 0.0, reciprocal(gamma))
         c, s = gamma_bar * inverse, torch.where(flat, 1.0, beta * inverse)
         D = t.D_last.mul_(-epsilon).addcmul_(t.D, delta, value=-1).add_(t.Z).mul_(inverse)
         t.X.addcmul_(D, c * t.phi)
@@ -182,24 +172,6 @@ class _MinimalResiduals(lockstep.Recurrence[_State]):
 
     def _scaled(self, Y: Tensor, MY: Tensor | None, beta: Tensor) -> tuple[Tensor, Tensor]:
         """``Y / beta`` and ``M Y / beta``, in their memory; one and the same without ``M``."""
-        scale = _reciprocal(beta)
+        scale = reciprocal(beta)
         Q = Y.mul_(scale)
         return Q, Q if MY is None else MY.mul_(scale)
-
-    def _precondition(
-        self, R: Tensor, first: Callable[[slice], object] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``M R``, and the norms of ``R`` that it defines; ``first`` makes ``R``."""
-        if self.M is None:
-            return R, self.space.together((R, R), first=first)[0].sqrt().to(R)
-        if first is not None:
-            first(slice(None))
-        Z = self.M @ R
-        square = self.dots(R, Z)
-        checks.positive_form(self.who, self.A, self.M.parts[0], R, square)
-        return Z, square.sqrt()
-
-
-def _reciprocal(values: Tensor) -> Tensor:
-    """``1 / values``, and 0 for 0."""
-    return torch.where(values == 0, 0.0, 1 / torch.where(values == 0, 1.0, values))

@@ -43,9 +43,7 @@ class SolveResult:
     history: Tensor  # (steps + 1, k), by recurrence; nan once a column is done
     steps: int  # block products with A in the recurrence
     products: int  # columns multiplied by A or A', checks included
-    directions: Tensor | None = (
-        None  # as x: unit d with d'Ad < 0 where curvature is negative, else 0
-    )
+    directions: Tensor | None = None  # as x: unit d, d'Ad < 0, where curvature is negative, else 0
 
     @property
     def converged(self) -> bool:
@@ -53,11 +51,7 @@ class SolveResult:
         return all(status == "converged" for status in self.status)
 
     def __repr__(self) -> str:
-        return (
-            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
-            f"{counted(self.products, 'product')}; "
-            f"largest residual {worst(self.residual_norms, self.targets)}>"
-        )
+        return f"<{_ended(self)} residual {worst(self.residual_norms, self.targets)}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,11 +64,7 @@ class LeastSquaresResult(SolveResult):
     gradient_norms: Tensor = field(kw_only=True)  # (k,), computed from x
 
     def __repr__(self) -> str:
-        return (
-            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
-            f"{counted(self.products, 'product')}; "
-            f"largest gradient {worst(self.gradient_norms, self.targets)}>"
-        )
+        return f"<{_ended(self)} gradient {worst(self.gradient_norms, self.targets)}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,11 +140,12 @@ class FunctionResult:
         return all(status == "converged" for status in self.status)
 
     def __repr__(self) -> str:
-        return (
-            f"<{outcome(self.status)} after {counted(self.steps, 'step')}, "
-            f"{counted(self.products, 'product')}; "
-            f"largest error estimate {worst(self.errors, self.targets)}>"
-        )
+        return f"<{_ended(self)} error estimate {worst(self.errors, self.targets)}>"
+
+
+def _ended(result: SolveResult | FunctionResult) -> str:
+    steps, products = counted(result.steps, "step"), counted(result.products, "product")
+    return f"{outcome(result.status)} after {steps}, {products}; largest"
 
 
 def outcome(status: Sequence[Status]) -> str:

@@ -80,7 +80,7 @@ class Woodbury:
         """``log det A``, for a positive determinant."""
         factors = splits(A)
         if factors is None:
-            return self._otherwise_logdet(A)
+            return logdet_by(self.otherwise, A, f"{A!r} is no diagonal plus low rank, and")
         signs, sizes = zip(*(factor.logdet() for factor in factors), strict=True)
         negative = sum(sign < 0 for sign in signs) % 2
         if negative or 0 in signs:
@@ -89,16 +89,6 @@ class Woodbury:
                 "logarithm"
             )
         return math.fsum(sizes)
-
-    def _otherwise_logdet(self, A: LinearOperator) -> float:
-        logdet = getattr(self.otherwise, "logdet", None)
-        if logdet is None:
-            name = getattr(self.otherwise, "__name__", type(self.otherwise).__name__)
-            raise TypeError(
-                f"{A!r} is no diagonal plus low rank, and its solver {name} does not give the "
-                "determinant; use solve=Direct(), or an estimate, hvpop.spectrum.logdet(A)"
-            )
-        return float(logdet(A))
 
     def _factorize(self, A: LinearOperator) -> bool:
         """Whether there are factors now."""
@@ -162,6 +152,18 @@ class _Factor:
         inside: Tensor = s.double()[:, None] * Space.of(W).inner(W, V)
         inside = torch.linalg.lu_solve(self._LU, self._pivots, inside)
         return V - U @ inside.to(V.dtype) / d
+
+
+def logdet_by(solver: Solver, A: LinearOperator, who: str) -> float:
+    """``log det A`` by a solver that knows it."""
+    logdet = getattr(solver, "logdet", None)
+    if logdet is None:
+        name = getattr(solver, "__name__", type(solver).__name__)
+        raise TypeError(
+            f"{who} its solver {name} does not give the determinant; use solve=Direct(), or an "
+            "estimate, hvpop.spectrum.logdet(A)"
+        )
+    return float(logdet(A))
 
 
 def splits(A: LinearOperator) -> list[Split] | None:

@@ -78,10 +78,8 @@ class Turn:
 
     Q: Tensor
     S: Tensor
-    at: tuple[int, Tensor | None] = (
-        0,
-        None,
-    )  # a place, and what belongs there if it may not be there
+    at: tuple[int, Tensor | None] = (0, None)
+    """A place, and what belongs there if it may not be there."""
 
     def finish(self) -> None:
         """Turn what is not turned yet."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
-from . import operand
 from .quadrature import Quadrature
 from .results import Density
 from .sampling import Band, History, sample
@@ -77,7 +76,8 @@ def spectral_density(
     >>> found.low[middle].item() < 1.0 < found.high[middle].item()
     True
     """
-    task = _Density(operand.symmetric("spectral_density", A), rtol, block, seed)
+    A = arguments.symmetric("spectral_density", A).linearize()
+    task = _Density(A, rtol, block, seed)
     arguments.counts("spectral_density", steps=steps)
     arguments.positive("spectral_density", width=width)
     task.steps, task.width = min(steps, A.shape[0]), width

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator, probes
 from ..operators.arguments import Seed
-from . import operand
 from .known import Known
 from .results import DiagonalEstimate
-from .sampling import Band, C, Completing, History, S, Sampling, sample, student
+from .sampling import Band, C, Completing, History, Sampling, chosen, sample, student
 from .sketched import LeaveOutSampling, LeaveOutState
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
@@ -63,26 +62,8 @@ def diagonal(
     >>> diagonal(A).value.round(decimals=9)
     tensor([1., 2., 3.], dtype=torch.float64)
     """
-    if method is None:
-        large = isinstance(A, LinearOperator) and A.shape[1] > 1 << 20
-        method = "hutchinson" if large else "xdiag"
-    if method not in get_args(DiagonalMethod):
-        raise ValueError(f"diagonal expects method in {get_args(DiagonalMethod)}, got {method!r}")
-    if method == "xdiag":
-        by_sketch = _XDiag(
-            operand.symmetric("diagonal by xdiag", A, operand.HUTCHINSON), rtol, block, seed
-        )
-        return _estimate(by_sketch, max_products, progress, checkpoint)
-    task = _Hutchinson(operand.square("diagonal", A), rtol, block, seed)
-    return _estimate(task, max_products, progress, checkpoint)
-
-
-def _estimate(
-    task: Sampling[S],
-    max_products: int,
-    progress: bool,
-    checkpoint: str | os.PathLike[str] | None,
-) -> DiagonalEstimate:
+    methods: dict[str, type[Sampling[Any]]] = {"xdiag": _XDiag, "hutchinson": _Hutchinson}
+    task = chosen("diagonal", A, method, methods)(A.linearize(), rtol, block, seed)
     state, status = sample(task, max_products, progress, checkpoint)
     band = task.band(state)
     return DiagonalEstimate(

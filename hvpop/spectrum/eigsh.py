@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
-from . import operand, spread
+from . import spread
 from .lanczos import Lanczos, Which
 from .loop import run
 from .results import Eigenpairs
@@ -113,7 +113,7 @@ def eigsh(
     >>> found.status
     'converged'
     """
-    A = operand.symmetric("eigsh", A)
+    A = arguments.symmetric("eigsh", A).linearize()
     task = Lanczos(A, k, which, block, basis, v0, deflate, rtol, seed)
     budget = 1000 + 40 * k if max_products is None else max_products
     arguments.counts("eigsh", max_products=budget)

@@ -55,7 +55,7 @@ class Krylov:
 
 
 class Lanczos(Task[Krylov]):
-    name, vectors = "eigsh", ("X",)
+    name, state_type, vectors = "eigsh", Krylov, ("X",)
     turning: tuple[Turn, Krylov] | None  # the restart made last, and the state after it
 
     def __init__(
@@ -72,7 +72,7 @@ class Lanczos(Task[Krylov]):
     ) -> None:
         self.A, self.k, self.which = A, k, which
         self.seed = arguments.seed("eigsh", seed)
-        self.source = Measured("eigsh", A)  # states are in its units; what leaves is not
+        self.source = Measured("eigsh", A)
         self.dtype = working_dtype(A.torch_dtype)
         n = A.shape[0]
         self.space, self.turning = A.space, None
@@ -449,25 +449,17 @@ class Lanczos(Task[Krylov]):
         }  # fmt: skip
 
     def pack(self, state: Krylov) -> dict[str, Any]:
-        search = None if state.search is None else dict(vars(state.search))
-        history = [list(pair) for pair in state.history]
-        packed = {**super().pack(state), "search": search, "history": history}
+        packed = super().pack(state)
         del packed["Q"]
-        return {**packed, "unit": self.source.unit}
+        return packed
 
     def rows(self, state: Krylov) -> Rows:
         return Rows("Q", state.Q[: state.size], state.restarts)
 
     def unpack(self, saved: Mapping[str, Any]) -> Krylov:
-        fields = dict(saved)
-        self.source.unit = fields.pop("unit")
         Q = self.space.empty(self.basis).T
-        fields["Q"].read(Q[: fields["size"]])
-        fields["Q"] = Q
-        fields["history"] = tuple((count, worst) for count, worst in fields["history"])
-        if fields["search"] is not None:
-            fields["search"] = Search(**fields["search"])
-        return self._tightened(Krylov(**fields))
+        saved["Q"].read(Q[: saved["size"]])
+        return self._tightened(super().unpack({**saved, "Q": Q}))
 
     def _tightened(self, state: Krylov) -> Krylov:
         """``state``, ready to go on where it was good enough for a looser tolerance."""

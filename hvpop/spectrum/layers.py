@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..operators import FromFunction, LinearOperator, Restriction, arguments
+from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
+from ..operators.restriction import picked
 from .density import spectral_density
 from .eigsh import eigsh
 from .results import Density, Status
@@ -118,7 +119,12 @@ def layerwise(
     entries: list[int] = []
     rows: list[tuple[float, ...]] = []
     products = 0
-    for name, block in _bar(list(_blocks(H)), progress):
+    blocks: Iterable[tuple[str, LinearOperator]] = list(_blocks(H))
+    if progress:
+        from tqdm.auto import tqdm
+
+        blocks = tqdm(blocks, desc="layers", unit=" layers")
+    for name, block in blocks:
         top = eigsh(block, 1, "LA", max_products=max(max_products, 2), seed=seed)
         whole = trace(block, rtol=rtol, max_products=max_products, seed=seed)
         steps = min(32, max_products)
@@ -158,26 +164,13 @@ def _blocks(H: LinearOperator) -> Iterator[tuple[str, LinearOperator]]:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     of_its_own = getattr(H, "block", None)
     whole = H if of_its_own is not None else H.linearize()
-    places = dict(H.layout.slices())
     for layer, names in groups.items():
         title = layer or ", ".join(names)
         if of_its_own is not None:
             yield title, of_its_own(names)
             continue
-        index = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
-        S = Restriction(index, H.layout.size, dtype=H.torch_dtype, device=H.device)
-        yield title, _cut(S, whole)
-
-
-def _cut(S: Restriction, A: LinearOperator) -> LinearOperator:
-    """``S A S'``, which is symmetric as ``A`` is."""
-    return FromFunction(
-        lambda V: S @ (A @ (S.T @ V)),
-        (S.shape[0], S.shape[0]),
-        dtype=A.torch_dtype,
-        device=A.device,
-        symmetric=True,
-    )
+        S = picked(H, names)
+        yield title, S @ whole @ S.T
 
 
 def _negative(density: Density) -> tuple[float, float]:
@@ -205,14 +198,3 @@ def _negative(density: Density) -> tuple[float, float]:
             sizes.gather(0, nearest.indices[None])[0][nearest.values.isfinite()].sum()
         )
     return share, variance**0.5 * probes / whole + doubtful / whole
-
-
-def _bar(
-    blocks: list[tuple[str, LinearOperator]], progress: bool
-) -> Iterator[tuple[str, LinearOperator]]:
-    if not progress:
-        yield from blocks
-        return
-    from tqdm.auto import tqdm
-
-    yield from tqdm(blocks, desc="layers", unit=" layers")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..operators import LinearOperator, arguments
 from ..operators.arguments import Seed
-from . import operand
 from .quadrature import Block, Measure, Quadrature, Recurrences
 from .results import Estimate, Status
 from .sampling import Band, History
@@ -79,7 +78,7 @@ def logdet(
     >>> found.low < A.d.log().sum().item() < found.high, found.status
     (True, 'converged')
     """
-    task = _LogDet(operand.symmetric("logdet", A), rtol, block, seed)
+    task = _LogDet(arguments.symmetric("logdet", A).linearize(), rtol, block, seed)
     arguments.counts("logdet", steps=steps)
     task.steps = min(steps, A.shape[0])
     return task.estimate(max_products, progress, checkpoint)
@@ -88,9 +87,7 @@ def logdet(
 @dataclass(frozen=True)
 class _State:
     quadrature: Quadrature
-    above: (
-        Tensor  # (2, N), a finished probe's forms of the logarithm and of its square, by Gauss ...
-    )
+    above: Tensor  # (2, N), a probe's forms of the logarithm and of its square, by Gauss ...
     below: Tensor  # (2, N), ... and by Gauss and Radau, -inf where nothing can be said
     rounding: Tensor  # (N,), what the rounding of the products may do to the logarithm
     history: History = ()
@@ -237,7 +234,10 @@ class _LogDet(SpectralSampling[_State]):
             _, value, error = state.history[-1]
             known = error <= max((self.rtol or 0.0) * value, self.order * _EXACT)
             return "converged" if known else "low end unresolved"
-        return "low end unresolved" if self._in_vain(state) else super().verdict(state)
+        _, value, _ = state.history[-1]
+        if self.rtol is not None and self.A.shape[0] * state.gap / 2 > self.rtol * value:
+            return "low end unresolved"  # whatever the number of probes of so many steps is
+        return super().verdict(state)
 
     def named(self, state: _State, status: Status) -> Status:
         return "low end unresolved" if status == "max products" and self._open(state) else status
@@ -246,11 +246,6 @@ class _LogDet(SpectralSampling[_State]):
         """Whether the low end of the spectrum is most of the interval."""
         band = self.read(state)
         return bool(band.value - band.low > 3 * (band.high - band.value))
-
-    def _in_vain(self, state: _State) -> bool:
-        """Whether no number of probes of so many steps would narrow the interval to what was asked."""
-        _, value, _ = state.history[-1]
-        return self.rtol is not None and self.A.shape[0] * state.gap / 2 > self.rtol * value
 
     def report(self, state: _State) -> str:
         group = state.quadrature.group

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
 
 from .._torch import leads
 from ..operators import LinearOperator
 from ..operators.checkpoint import Checkpoint, Rows
+from ..operators.measured import Measured
 from .results import Status
 
 
@@ -26,6 +27,7 @@ class State(Protocol):
 
 
 S = TypeVar("S", bound=State)
+T = TypeVar("T")
 
 
 class Task(ABC, Generic[S]):
@@ -37,6 +39,12 @@ class Task(ABC, Generic[S]):
 
     name: str
     A: LinearOperator
+    source: Measured
+    """``A`` in units of its size, as states are; what leaves a task is not."""
+
+    state_type: type[S]
+    """A dataclass, and so may be what is in it."""
+
     vectors: tuple[str, ...] = ()
     """Names in `pack` of what has an entry, or a row of them, for each of the n."""
 
@@ -74,16 +82,40 @@ class Task(ABC, Generic[S]):
 
     def pack(self, state: S) -> dict[str, Any]:
         """The state as a dictionary of tensors and plain values."""
-        fields = dataclasses.fields(state)  # type: ignore[arg-type]
-        return {field.name: getattr(state, field.name) for field in fields}
+        return {**flat(state), "unit": self.source.unit}
 
     def rows(self, state: S) -> Rows | None:
         """What `pack` leaves out, because it grows by rows."""
         return None
 
-    @abstractmethod
     def unpack(self, saved: Mapping[str, Any]) -> S:
         """The inverse of `pack`."""
+        self.source.unit = saved["unit"]
+        return built(self.state_type, saved)
+
+
+def flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a dataclass by name, those of dataclasses in it by dotted ones; nothing is copied."""
+    found: dict[str, Any] = {}
+    for field in fields(record):
+        name, value = prefix + field.name, getattr(record, field.name)
+        found |= flat(value, f"{name}.") if is_dataclass(value) else {name: value}
+    return found
+
+
+def built(kind: type[T], saved: Mapping[str, Any], prefix: str = "") -> T:
+    """The inverse of `flat`; of several dataclasses that a field may hold, that of these names."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        place = f"{prefix}{name}."
+        names = {n.removeprefix(place).partition(".")[0] for n in saved if n.startswith(place)}
+        kinds: list[Any] = [
+            k
+            for k in (hint, *get_args(hint))
+            if is_dataclass(k) and {f.name for f in fields(k)} == names
+        ]
+        values[name] = built(kinds[0], saved, place) if kinds else saved[prefix + name]
+    return kind(**values)
 
 
 def run(

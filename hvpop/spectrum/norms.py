@@ -13,7 +13,7 @@ from ..operators import LinearOperator, arguments, probes
 from ..operators.arguments import Seed
 from ..operators.crossing import working_dtype
 from ..operators.measured import Measured
-from . import operand, spread
+from . import spread
 from .eigsh import eigsh
 from .known import Known
 from .results import Estimate
@@ -60,7 +60,7 @@ def frobenius_norm(
     >>> round(frobenius_norm(Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))).value, 4)
     5.0
     """
-    A = operand.operator("frobenius_norm", A)
+    A = arguments.operator("frobenius_norm", A).linearize()
     kind = _Frobenius if max(A.shape) <= _GROWS else _Large
     task: Sampling[Any] = kind(A, rtol, block, seed)
     return task.estimate(max_products, progress, checkpoint)
@@ -195,14 +195,16 @@ def spectral_norm(
     >>> round(spectral_norm(Dense(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))).value, 4)
     4.0
     """
-    A = operand.operator("spectral_norm", A)
+    A = arguments.operator("spectral_norm", A).linearize()
     seed = arguments.seed("spectral_norm", seed)
     arguments.positive("spectral_norm", rtol=rtol)
     source = Measured("spectral_norm", A)
     S, cost = (source, 1) if A.symmetric else (source.T @ source, 2)
     arguments.required("spectral_norm", cost, max_products=max_products)
     if data_error:
-        spread.required("spectral_norm", operand.symmetric("spectral_norm with data_error=True", A))
+        spread.required(
+            "spectral_norm", arguments.symmetric("spectral_norm with data_error=True", A)
+        )
     found = eigsh(
         S, 1, "LM", rtol=rtol, max_products=max_products // cost, seed=seed, progress=progress,
         checkpoint=checkpoint,

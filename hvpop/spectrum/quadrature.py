@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -179,22 +178,6 @@ class Quadrature:
             pairs = ((self.nodes, nodes), (self.weights, weights))
             nodes, weights = (_side_by_side(old, new) for old, new in pairs)
         return Quadrature(nodes, weights, None, self.products, group.steps, group.complete)
-
-    def pack(self) -> dict[str, Any]:
-        """As plain values."""
-        group = {} if self.group is None else {f"group.{k}": v for k, v in vars(self.group).items()}
-        return {**{k: v for k, v in vars(self).items() if k != "group"}, **group}
-
-    @staticmethod
-    def unpack(saved: Mapping[str, Any]) -> Quadrature:
-        """The inverse of `pack`."""
-        group: Recurrences | Block | None = None
-        for kind in (Recurrences, Block):
-            names = [field.name for field in fields(kind)]
-            if all(f"group.{name}" in saved for name in names):
-                group = kind(*(saved[f"group.{name}"] for name in names))
-        own = [field.name for field in fields(Quadrature) if field.name != "group"]
-        return Quadrature(group=group, **{name: saved[name] for name in own})
 
 
 def _side_by_side(A: Tensor, B: Tensor) -> Tensor:

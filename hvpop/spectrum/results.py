@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -36,9 +36,8 @@ class Eigenpairs:
     residuals: Tensor  # (k,), the norms of A v - lambda v, from products that were really taken
     products: int  # of A with one vector
     status: Status
-    history: tuple[tuple[int, float], ...] = field(
-        default=()
-    )  # (products, largest residual by recurrence; inf until there are k)
+    # (products, largest residual by recurrence; inf until there are k)
+    history: tuple[tuple[int, float], ...] = ()
     data_errors: Tensor | None = None  # (k,), standard errors that come of the data being a sample
 
     def __repr__(self) -> str:
@@ -65,7 +64,7 @@ class Estimate:
     high: float
     products: int  # of A or A' with one vector
     status: Status
-    history: tuple[tuple[int, float, float], ...] = field(default=())  # (products, value, error)
+    history: tuple[tuple[int, float, float], ...] = ()  # (products, value, error)
     data_error: float | None = None  # the standard error that comes of the data being a sample
 
     def __float__(self) -> float:
@@ -89,7 +88,7 @@ class DiagonalEstimate:
     high: Tensor  # (n,)
     products: int
     status: Status
-    history: tuple[tuple[int, float, float], ...] = field(default=())  # (products, norm, error)
+    history: tuple[tuple[int, float, float], ...] = ()  # (products, norm, error)
 
     def __repr__(self) -> str:
         error, size = (
@@ -110,9 +109,7 @@ class Density:
     standard_error: Tensor  # (g,)
     low: Tensor  # (g,), the pointwise 95 % confidence band
     high: Tensor  # (g,)
-    nodes: (
-        Tensor  # (m, probes), where the quadrature of each probe sits, or (n, 1), all eigenvalues
-    )
+    nodes: Tensor  # (m, probes), where each probe's quadrature sits, or (n, 1), all eigenvalues
     weights: Tensor  # as nodes, how much it puts there; columns sum to one
     width: float
     order: int  # n, the number of eigenvalues

@@ -84,14 +84,10 @@ S = TypeVar("S", bound=SampledState)
 
 
 class Sampling(Task[S]):
-    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough.
-
-    States are in units of `source`; what leaves a task is not.
-    """
+    """A task that draws probes in rounds of up to ``block`` until the band is narrow enough."""
 
     unit: int  # products for one probe
     least = 16  # probes before an error is believed
-    state_type: type[S]
     budget = 0  # products, set before the run
     usual = 16  # probes a round, where they are short
 
@@ -189,16 +185,6 @@ class Sampling(Task[S]):
 
     def settings(self) -> Mapping[str, Any]:
         return {"block": self.block, "seed": self.seed}
-
-    def pack(self, state: S) -> dict[str, Any]:
-        history = [list(entry) for entry in state.history]
-        return {**super().pack(state), "history": history, "unit": self.source.unit}
-
-    def unpack(self, saved: Mapping[str, Any]) -> S:
-        fields = dict(saved)
-        self.source.unit = fields.pop("unit")
-        history = tuple((count, value, error) for count, value, error in saved["history"])
-        return self.state_type(**{**fields, "history": history})
 
     def estimate(
         self, max_products: int, progress: bool, checkpoint: str | os.PathLike[str] | None
@@ -306,20 +292,26 @@ class Completing(Sampling[C]):
         late = state.products + self.unit * self.block > 3 * self.order // 4
         return begun or late or self.hopeless()
 
-    def pack(self, state: C) -> dict[str, Any]:
-        packed = super().pack(state)
-        known = packed.pop("known")
-        return {**packed, "known.Q": known.Q, "known.AQ": known.AQ}
 
-    def unpack(self, saved: Mapping[str, Any]) -> C:
-        fields = dict(saved)
-        known = Known(fields.pop("known.Q"), fields.pop("known.AQ"))
-        return super().unpack({**fields, "known": known})
+SMALL = 1024
+"""Up to this order products are remembered though the budget is smaller: it may be raised."""
 
 
-SMALL = (
-    1024  # up to this order products are remembered though the budget is smaller: it may be raised
-)
+def chosen(
+    who: str, A: LinearOperator, method: str | None, methods: Mapping[str, type[Sampling[Any]]]
+) -> type[Sampling[Any]]:
+    """The task of a method; by default the first one where vectors are short enough to be kept."""
+    entries = max(arguments.operator(who, A).shape)
+    if method is None:
+        method = next(iter(methods)) if entries <= 1 << 20 else "hutchinson"
+    if method not in methods:
+        raise ValueError(f"{who} expects method in {tuple(methods)}, got {method!r}")
+    if method == "hutchinson":
+        arguments.square(who, A)
+    else:
+        instead = "method='hutchinson' takes any square one"
+        arguments.symmetric(f"{who} by {method}", A, instead)
+    return methods[method]
 
 
 def sample(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ class SplitSampling(Completing[SplitState]):
     """Rounds of a `Split`: a sketch, its basis, and probes for what is outside."""
 
     unit, state_type = 3, SplitState
-    vectors = (*Completing.vectors, "Q", "Z", "G", "AG")
+    vectors = (*Completing.vectors, *(f"split.{name}" for name in ("Q", "Z", "G", "AG")))
 
     def start(self) -> SplitState:
         return SplitState(Split.empty(self.A, self.dtype), self.nothing())
@@ -51,15 +50,6 @@ class SplitSampling(Completing[SplitState]):
     def samples(self, state: SplitState) -> int:
         return state.split.G.shape[1]
 
-    def pack(self, state: SplitState) -> dict[str, Any]:
-        packed = super().pack(state)
-        return {**_parts(packed.pop("split")), **packed}
-
-    def unpack(self, saved: Mapping[str, Any]) -> SplitState:
-        names = [field.name for field in fields(Split)]
-        rest = {key: value for key, value in saved.items() if key not in names}
-        return super().unpack({"split": Split(*(saved[name] for name in names)), **rest})
-
 
 @dataclass(frozen=True)
 class LeaveOutState:
@@ -75,7 +65,7 @@ class LeaveOutSampling(Completing[LeaveOutState]):
     """Rounds of a `LeaveOut` sketch, in which every probe is left out in turn."""
 
     unit, state_type = 2, LeaveOutState
-    vectors = (*Completing.vectors, "Omega", "Q", "Z")
+    vectors = (*Completing.vectors, "sketch.Omega", "sketch.Q", "sketch.Z")
     keep = False  # whether the estimate needs A Q itself
 
     def start(self) -> LeaveOutState:
@@ -94,17 +84,3 @@ class LeaveOutSampling(Completing[LeaveOutState]):
 
     def samples(self, state: LeaveOutState) -> int:
         return state.sketch.Q.shape[1]
-
-    def pack(self, state: LeaveOutState) -> dict[str, Any]:
-        packed = super().pack(state)
-        return {**_parts(packed.pop("sketch")), **packed}
-
-    def unpack(self, saved: Mapping[str, Any]) -> LeaveOutState:
-        names = [field.name for field in fields(LeaveOut)]
-        rest = {key: value for key, value in saved.items() if key not in names}
-        return super().unpack({"sketch": LeaveOut(*(saved[name] for name in names)), **rest})
-
-
-def _parts(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, not copied."""
-    return {field.name: getattr(record, field.name) for field in fields(record)}

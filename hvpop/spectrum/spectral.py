@@ -57,14 +57,3 @@ class SpectralSampling(Sampling[Q]):
 
     def settings(self) -> Mapping[str, Any]:
         return {**super().settings(), "steps": self.steps}
-
-    def pack(self, state: Q) -> dict[str, Any]:
-        packed = super().pack(state)
-        quadrature = {f"quadrature.{k}": v for k, v in packed.pop("quadrature").pack().items()}
-        return {**packed, **quadrature}
-
-    def unpack(self, saved: Mapping[str, Any]) -> Q:
-        prefix = "quadrature."
-        inner = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        outer = {k: v for k, v in saved.items() if not k.startswith(prefix)}
-        return super().unpack({**outer, "quadrature": Quadrature.unpack(inner)})

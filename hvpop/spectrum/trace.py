@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator, arguments, probes
+from ..operators import LinearOperator, probes
 from ..operators.arguments import Seed
-from . import operand, spread
+from . import spread
 from .known import Known
 from .results import Estimate
-from .sampling import Band, C, Completing, History, Sampling, mean, student
+from .sampling import Band, C, Completing, History, Sampling, chosen, mean, student
 from .sketch import LeaveOut
 from .sketched import LeaveOutSampling, LeaveOutState, SplitSampling, SplitState
 
@@ -92,19 +92,12 @@ def trace(
     >>> found.status, round(found.value, 2), found.products
     ('converged', 2.0, 32)
     """
-    arguments.operator("trace", A)
-    n = max(A.shape)
-    if method is None:
-        method = "xtrace" if n <= 1 << 20 else "hutchinson"
-    if method not in get_args(TraceMethod):
-        raise ValueError(f"trace expects method in {get_args(TraceMethod)}, got {method!r}")
-    if method == "hutchinson":
-        task: Sampling[Any] = _Hutchinson(operand.square("trace", A), rtol, block, seed)
-    else:
-        kind = _XTrace if method == "xtrace" else _HutchPlusPlus
-        task = kind(
-            operand.symmetric(f"trace by {method}", A, operand.HUTCHINSON), rtol, block, seed
-        )
+    methods: dict[str, type[Sampling[Any]]] = {
+        "xtrace": _XTrace,
+        "hutch++": _HutchPlusPlus,
+        "hutchinson": _Hutchinson,
+    }
+    task = chosen("trace", A, method, methods)(A.linearize(), rtol, block, seed)
     if data_error:
         spread.required("trace", task.A)
     found = task.estimate(max_products, progress, checkpoint)

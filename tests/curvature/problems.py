@@ -38,6 +38,28 @@ def mlp(
     return model
 
 
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return (self.scale * out - y).square().mean()
+
+
 def regression(n: int = 23, *, seed: int = 1) -> Pair:
     """Return inputs (n, 4) and targets (n, 3)."""
     return random(n, 4, seed=seed), random(n, 3, seed=seed + 50)

@@ -22,8 +22,9 @@ from hvpop import (
 )
 from hvpop.risk import EmpiricalRisk
 from hvpop.strategies import NoSecondDerivativeError
+from tests.functions import Cube, SavedSine, SineByNumpy
 
-from .problems import error, random, set_parameters
+from .problems import Apply, error, random, set_parameters
 
 DIFFERENCE = 1e-6
 """Two gradients' differences, of second and fourth order, at steps of about 1e-5 and 1e-3."""
@@ -57,31 +58,6 @@ class Adding(Again):
         return (None, x.grad, *[None] * len(ctx.parameters))
 
 
-class Saved(torch.autograd.Function):
-    """exp(x) that keeps its derivative as a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = x.exp().detach()
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.slope
-
-
-class ByNumPy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * torch.from_numpy(np.cos(x.detach().numpy()))
-
-
 class Through(torch.autograd.Function):
     """Rounds, and lets gradients pass: not the derivative of anything, by intent."""
 
@@ -94,18 +70,6 @@ class Through(torch.autograd.Function):
         return g
 
 
-class Right(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-
 class Block(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -113,15 +77,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function.apply(lambda x: torch.tanh(self.inner(x)), x, *self.parameters())
-
-
-class Applied(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class Cached(nn.Module):
@@ -158,8 +113,8 @@ def model(first: nn.Module) -> nn.Sequential:
 BLIND: dict[str, Callable[[], nn.Module]] = {
     "a checkpoint of one's own": lambda: model(Block(Again)),
     "a reversible block": lambda: model(Block(Adding)),
-    "a saved derivative": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(Saved.apply))),
-    "NumPy": lambda: model(nn.Sequential(nn.Linear(3, 3), Applied(ByNumPy.apply))),
+    "a saved derivative": lambda: model(nn.Sequential(nn.Linear(3, 3), Apply(SavedSine.apply))),
+    "NumPy": lambda: model(nn.Sequential(nn.Linear(3, 3), Apply(SineByNumpy.apply))),
 }
 
 
@@ -237,9 +192,9 @@ def test_a_loss_that_is_a_leaf_with_a_hook_is_not_taken_for_a_constant() -> None
     assert error(product, expected) < DIFFERENCE
 
 
-@pytest.mark.parametrize("function", [Right, Through], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [Cube, Through], ids=lambda f: f.__name__)
 def test_a_right_function_and_one_that_stops_gradients_are_left_alone(function: Any) -> None:
-    net = model(nn.Sequential(nn.Linear(3, 3), Applied(function.apply)))
+    net = model(nn.Sequential(nn.Linear(3, 3), Apply(function.apply)))
     H = HessianOperator(net, nn.MSELoss(), [(X, Y)])
     v = random(H.shape[1])
     with warnings.catch_warnings():
@@ -349,8 +304,8 @@ class Halving(Through):
 
 
 WRITTEN: dict[str, Callable[[], nn.Module]] = {
-    "rounding that lets gradients through": lambda: Applied(Through.apply),
-    "gradients that are scaled": lambda: Applied(Halving.apply),
+    "rounding that lets gradients through": lambda: Apply(Through.apply),
+    "gradients that are scaled": lambda: Apply(Halving.apply),
     "a hook that scales": lambda: Hooked(lambda g: 2 * g),
 }
 
@@ -385,11 +340,11 @@ J_SIZE = dict.fromkeys(WRITTEN, 16) | {"a hook that scales": 28}
 @pytest.mark.parametrize(
     ("layer", "strategy"),
     [
-        (lambda: Applied(Through.apply), FiniteDifference()),
-        (lambda: Applied(Halving.apply), FiniteDifference()),
+        (lambda: Apply(Through.apply), FiniteDifference()),
+        (lambda: Apply(Halving.apply), FiniteDifference()),
         (lambda: Hooked(lambda g: 2 * g), FiniteDifference()),
         (lambda: Hooked(lambda g: 2 * g), ForwardOverReverse()),
-        (lambda: Applied(WrongTangent.apply), ForwardOverReverse()),
+        (lambda: Apply(WrongTangent.apply), ForwardOverReverse()),
         (lambda: Hooked(lambda g: g / g.norm()), None),
     ],
 )

@@ -17,14 +17,10 @@ from torch import Tensor, nn
 
 from hvpop import (
     TOTAL,
-    Compiled,
     EmpiricalFisherOperator,
     EmpiricalRisk,
-    FiniteDifference,
     FisherOperator,
-    ForwardOverReverse,
     GaussNewtonOperator,
-    ReverseOverReverse,
     outputs,
 )
 from hvpop.marker import Call
@@ -34,13 +30,13 @@ from hvpop.risk.likelihoods import Counter, likelihood_of
 from .problems import error, mlp, random, split
 from .test_gauss_newton import (
     BITS,
-    DIFFERENCE,
     EXACT,
     IGNORED,
     LABELS,
     LOSSES,
     REAL,
     SIZES,
+    STRATEGIES,
     WEIGHTS,
     Headed,
     X,
@@ -54,7 +50,6 @@ from .test_jacobian import rows
 
 COUNTS = REAL.exp().round()
 SOFT = random(23, 3, seed=21).softmax(1)
-ENTRY = random(23, 3, seed=22).abs() + 0.1
 
 
 def fisher(model: nn.Module, loss: Any, targets: Any, sizes: Any = SIZES, **options: Any) -> Any:
@@ -324,16 +319,7 @@ def test_no_split_into_batches_changes_it(cuts: list[int], name: str, samples: i
     assert error(A.linearize() @ v, truth) < EXACT
 
 
-@pytest.mark.parametrize(
-    ("strategy", "tolerance"),
-    [
-        (ReverseOverReverse(), EXACT),
-        (ForwardOverReverse(), EXACT),
-        (Compiled(compiler=False), EXACT),
-        (FiniteDifference(), DIFFERENCE),
-    ],
-    ids=repr,
-)
+@STRATEGIES
 @pytest.mark.parametrize("samples", [None, 3])
 @pytest.mark.parametrize("linearized", [False, True])
 def test_every_strategy_gives_it(

@@ -40,6 +40,17 @@ from .problems import classes, error, mlp, random, set_parameters, split
 EXACT = 1e-12  # some hundred operations in float64
 DIFFERENCE = 1e-7  # central differences of outputs: eps**(2/3), and a third derivative
 
+STRATEGIES = pytest.mark.parametrize(
+    ("strategy", "tolerance"),
+    [
+        (ReverseOverReverse(), EXACT),
+        (ForwardOverReverse(), EXACT),
+        (Compiled(compiler=False), EXACT),
+        (FiniteDifference(), DIFFERENCE),
+    ],
+    ids=repr,
+)
+
 X, LABELS = random(23, 4, seed=1), classes(23, seed=2)
 IGNORED = LABELS.masked_fill(torch.arange(23) % 5 == 0, -100)
 BITS = (random(23, 3, seed=3) > 0).double()
@@ -118,16 +129,7 @@ def test_it_is_the_jacobian_around_the_hessian_of_the_loss(name: str, kind: str)
     assert values[0] > -EXACT * values[-1]  # these losses are convex in the outputs
 
 
-@pytest.mark.parametrize(
-    ("strategy", "tolerance"),
-    [
-        (ReverseOverReverse(), EXACT),
-        (ForwardOverReverse(), EXACT),
-        (Compiled(compiler=False), EXACT),
-        (FiniteDifference(), DIFFERENCE),
-    ],
-    ids=repr,
-)
+@STRATEGIES
 @pytest.mark.parametrize("linearized", [False, True])
 def test_every_strategy_gives_it(strategy: Any, tolerance: float, linearized: bool) -> None:
     model, (loss, targets) = normed(), LOSSES["both"]

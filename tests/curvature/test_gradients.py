@@ -21,22 +21,17 @@ from hvpop import (
     BATCHES,
     TOTAL,
     Average,
-    Compiled,
     Diagonal,
     EmpiricalFisherOperator,
     EmpiricalRisk,
-    FiniteDifference,
-    ForwardOverReverse,
     GradientOperator,
     Identity,
-    ReverseOverReverse,
     outputs,
 )
 from hvpop.risk import hugging_face
 
 from .problems import classes, error, mlp, random, set_parameters, split
 from .test_gauss_newton import (
-    DIFFERENCE,
     EXACT,
     IGNORED,
     LABELS,
@@ -44,6 +39,7 @@ from .test_gauss_newton import (
     MODELS,
     REAL,
     SIZES,
+    STRATEGIES,
     Headed,
     X,
     normed,
@@ -124,16 +120,7 @@ def test_rows_add_up_to_the_gradient_and_their_second_moment_is_the_fisher(name:
     assert error(kept.T @ Diagonal(kept.weights) @ kept @ V, E.linearize() @ V) < EXACT
 
 
-@pytest.mark.parametrize(
-    ("strategy", "tolerance"),
-    [
-        (ReverseOverReverse(), EXACT),
-        (ForwardOverReverse(), EXACT),
-        (Compiled(compiler=False), EXACT),
-        (FiniteDifference(), DIFFERENCE),
-    ],
-    ids=repr,
-)
+@STRATEGIES
 @pytest.mark.parametrize("linearized", [False, True])
 @pytest.mark.parametrize("per", ["sample", "term"])
 def test_every_strategy_gives_them(

@@ -12,23 +12,19 @@ from torch import Tensor, nn
 
 from hvpop import (
     BlockDiagonal,
-    Compiled,
     Dense,
-    FiniteDifference,
-    ForwardOverReverse,
     GaussNewtonOperator,
     JacobianOperator,
-    ReverseOverReverse,
 )
 
 from .problems import error, mlp, random, set_parameters, split
 from .test_gauss_newton import (
-    DIFFERENCE,
     EXACT,
     LOSSES,
     MODELS,
     REAL,
     SIZES,
+    STRATEGIES,
     X,
     marked,
     normed,
@@ -59,16 +55,7 @@ def test_rows_are_the_derivatives_of_outputs_sample_by_sample(kind: str, sizes: 
         assert error(A.T @ U, truth.mT @ U) < EXACT
 
 
-@pytest.mark.parametrize(
-    ("strategy", "tolerance"),
-    [
-        (ReverseOverReverse(), EXACT),
-        (ForwardOverReverse(), EXACT),
-        (Compiled(compiler=False), EXACT),
-        (FiniteDifference(), DIFFERENCE),
-    ],
-    ids=repr,
-)
+@STRATEGIES
 @pytest.mark.parametrize("linearized", [False, True])
 def test_every_strategy_gives_it(strategy: Any, tolerance: float, linearized: bool) -> None:
     model = normed()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hvpop import HessianOperator, Identity
 
-from .problems import error, mlp, random, regression, set_parameters, split
+from .problems import Scaled, error, mlp, random, regression, set_parameters, split
 
 TIGHT = 1e-12
 DATA = split(regression(), (10, 10, 3))
@@ -213,14 +213,6 @@ def test_a_linearized_operator_stays_in_train_or_eval_mode(training: bool, memor
 
 
 def test_parameters_of_the_loss_are_followed_too() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-        def forward(self, out: Tensor, y: Tensor) -> Tensor:
-            return (self.scale * out - y).square().mean()
-
     model, loss = mlp(), Scaled()
     H = HessianOperator(model, loss, DATA)
     assert H.layout.names[-1] == "loss.scale"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.curvature.problems import (
+    Apply,
     classes,
     dense_hessian,
     error,
@@ -37,17 +38,6 @@ __all__ = [
 
 EXACT = 1e-12
 """Relative: sums of some hundred float64 products in another order."""
-
-
-class Apply(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def labelled(n: int = 23) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvpop import HessianOperator, HVPStrategy
 from hvpop.strategies import LinearMap, Params
+from tests.functions import CubeOnce, SavedSine, SineByNumpy
 
 from .problems import Apply, classes, labelled, mlp, random
 
@@ -91,48 +91,6 @@ def first_only(f: Function, p: Params) -> Product:
         return dict(zip(p, rows, strict=True))
 
     return Later(exact)
-
-
-class Saved(torch.autograd.Function):
-    """Saves its derivative in the forward pass, where it is a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = x.detach().cos()
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.slope
-
-
-class ByNumpy(torch.autograd.Function):
-    """Computes its derivative outside of torch."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * torch.from_numpy(np.cos(x.detach().numpy()))
-
-
-class OnceOnly(torch.autograd.Function):
-    """Says that it has no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * x.cos()
 
 
 class Reentrant(nn.Module):
@@ -243,14 +201,14 @@ SICK: dict[str, tuple[Callable[[], HessianOperator], str]] = {
         "finite differences",
     ),
     "saved derivative": (
-        lambda: operator(around(Saved.apply), strategy=By(backward_twice)),
+        lambda: operator(around(SavedSine.apply), strategy=By(backward_twice)),
         "finite differences",
     ),
     "derivative by numpy": (
-        lambda: operator(around(ByNumpy.apply), strategy=By(backward_twice)),
+        lambda: operator(around(SineByNumpy.apply), strategy=By(backward_twice)),
         "finite differences",
     ),
-    "once_differentiable": (lambda: operator(around(OnceOnly.apply)), "once_differentiable"),
+    "once_differentiable": (lambda: operator(around(CubeOnce.apply)), "once_differentiable"),
     "detach": (lambda: operator(around(lambda x: x * x.detach().cos())), "finite differences"),
     "no_grad": (lambda: operator(around(without_grad)), "finite differences"),
     "straight-through": (lambda: operator(around(straight_through)), "finite differences"),

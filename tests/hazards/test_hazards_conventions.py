@@ -13,7 +13,8 @@ from torch.func import functional_call, hessian
 
 from hvpop import FiniteDifference, ForwardOverReverse, HessianOperator
 
-from .problems import EXACT, Apply, classes, error, labelled, mlp, random, truth, vector
+from .problems import EXACT, Apply, classes, error, labelled, mlp, truth, vector
+from .sick import Padded, straight_through, without_grad
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -50,16 +51,6 @@ def test_a_relu_exactly_at_its_kink_is_flat() -> None:
     assert reverse[:size].norm() == 0  # torch's own derivative of relu at zero is zero
 
 
-def without_grad(x: Tensor) -> Tensor:
-    with torch.no_grad():
-        scale = torch.sigmoid(x)
-    return x * scale
-
-
-def straight_through(x: Tensor) -> Tensor:
-    return torch.tanh(x) + (x.round() - torch.tanh(x)).detach()
-
-
 @pytest.mark.parametrize(
     "stop",
     [lambda x: x * torch.sigmoid(x).detach(), without_grad, straight_through],
@@ -73,20 +64,6 @@ def test_what_stops_gradients_is_constant_by_every_strategy(
     assert error(reverse, truth(model, x, y) @ vector(model)) < EXACT
     assert error(forward, reverse) < EXACT
     assert error(difference, reverse) > 0.01  # differences see it move
-
-
-class Padded(nn.Module):
-    """An embedding whose padding row is not zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = nn.Embedding(7, 4, padding_idx=0, dtype=torch.float64)
-        self.head = mlp()
-        with torch.no_grad():
-            self.rows.weight.copy_(random(7, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.rows(x)).mean(1))
 
 
 def test_the_padding_row_is_constant_by_every_strategy() -> None:

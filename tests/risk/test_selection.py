@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpop import EmpiricalRisk, HessianOperator
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+from tests.curvature.problems import Scaled, random
 
 
 class Tied(nn.Module):
@@ -159,14 +155,6 @@ def test_a_wrapped_module_selects_as_the_module_does() -> None:
 
 
 def test_parameters_of_the_loss_have_names_of_their_own() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-        def forward(self, out: Tensor, y: Tensor) -> Tensor:
-            return (self.scale * out - y).square().mean()
-
     risk = EmpiricalRisk(Tied(), Scaled(), DATA)
     assert list(risk.parameters()) == [*NAMES, "loss.scale"]
     assert list(EmpiricalRisk(Tied(), Scaled(), DATA, params="loss.*").parameters()) == [

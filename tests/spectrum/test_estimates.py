@@ -137,9 +137,6 @@ def outliers(n: int) -> torch.Tensor:
     return torch.cat([torch.linspace(0, 1, n - 3), torch.tensor([2.0, 2.5, 4.0])]).to(F64)
 
 
-OUTLIERS = outliers(N)
-
-
 @pytest.mark.parametrize("case", ["flat", "outliers"])
 def test_bands_of_the_density_cover_the_smoothed_spectrum(case: str) -> None:
     spectrum = {"flat": torch.linspace(1, 3, 1100, dtype=F64), "outliers": outliers(1100)}[case]

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hvpop import FiniteDifference, ForwardOverReverse, HessianOperator, ReverseOverReverse
 from hvpop.strategies import FirstThatWorks, NoSecondDerivativeError
+from tests.curvature.problems import error, random
+from tests.functions import Cube, CubeOnce
 
-from .problems import error, hessian, random, small
+from .problems import hessian, small
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:batches are weighted by"
@@ -113,22 +114,9 @@ def test_an_explicit_strategy_raises_with_a_hint(strategy: Any, columns: tuple[i
 
 
 def test_an_explicit_chain_falls_back_in_its_order() -> None:
-    class Cubic(torch.autograd.Function):
-        """A Function without forward mode, but with a second derivative."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**3
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
-            return 3 * x**2 * g
-
     H = hessian(
         FirstThatWorks(ForwardOverReverse(), ReverseOverReverse()),
-        lambda out, y: (Cubic.apply(out) - y).square().mean(),
+        lambda out, y: (Cube.apply(out) - y).square().mean(),
     )
     v = random(26)
     with pytest.warns(UserWarning, match=r"has no jvp; using ReverseOverReverse\(\) for this"):
@@ -221,21 +209,6 @@ def test_a_forward_rule_that_contradicts_the_backward_one_is_warned_about_once()
 # -- functions whose authors rule out a second derivative --------------------------------------------
 
 
-class Once(torch.autograd.Function):
-    """A cube that can be differentiated once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-
 def cube(x: Tensor) -> Tensor:
     return x**3
 
@@ -250,7 +223,7 @@ ONCE: dict[str, Any] = {
 @pytest.mark.parametrize("strategy", [None, ReverseOverReverse()], ids=repr)
 @pytest.mark.parametrize("where", ONCE)
 def test_once_differentiable_functions_are_refused(where: str, strategy: Any) -> None:
-    H = hessian(strategy, ONCE[where](Once.apply))
+    H = hessian(strategy, ONCE[where](CubeOnce.apply))
     message = "once_differentiable, so its second derivative is not defined; strategy=FiniteDiff"
     for operator in (H, H.linearize()):
         with pytest.raises(NoSecondDerivativeError, match=message):
@@ -260,5 +233,5 @@ def test_once_differentiable_functions_are_refused(where: str, strategy: Any) ->
 @pytest.mark.parametrize("where", ONCE)
 def test_finite_differences_of_them_are_given_on_request(where: str) -> None:
     v = random(26)
-    found = hessian(FiniteDifference(), ONCE[where](Once.apply)) @ v
+    found = hessian(FiniteDifference(), ONCE[where](CubeOnce.apply)) @ v
     assert error(found, hessian(None, ONCE[where](cube)) @ v) < 1e-6

@@ -173,8 +173,8 @@ def test_an_op_that_was_not_seen_is_compared_again(monkeypatch: pytest.MonkeyPat
         assert len(made) == (2 if later else 1)
 
 
-class Wrong(torch.autograd.Function):
-    """Its jvp says twice what its backward does."""
+class Without(torch.autograd.Function):
+    """It has no jvp."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -183,22 +183,14 @@ class Wrong(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
+
+
+class Wrong(Without):
+    """Its jvp says twice what its backward does."""
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor) -> Tensor:
         return 2 * t
-
-
-class Without(torch.autograd.Function):
-    """It has none."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
 
 
 @pytest.mark.parametrize("custom", [Wrong, Without])

@@ -9,24 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.functions import SavedSine
+
 from .judge import judged
 from .problems import Called, Problem
 from .table import kind, table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-
-
-class Forgetful(torch.autograd.Function):
-    """The sine, whose backward forgets that its slope depends on x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = x.detach().cos()
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.slope
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -64,7 +53,7 @@ def test_a_verdict(op: Callable[[Tensor], Any], entries: tuple[float, ...], expe
 
 
 def test_a_wrong_second_derivative_is_never_called_right() -> None:
-    assert verdict(Forgetful.apply, 0.3, -1.0) != "right"
+    assert verdict(SavedSine.apply, 0.3, -1.0) != "right"
 
 
 def test_the_table_counts_cases_and_names_what_is_not_plainly_right() -> None:

@@ -7,23 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.functions import Cube, CubeOnce
+
 from .cases_functions import between
 from .ingredients import mlp, regression
 from .registry import Problem, case
-
-
-class OldStyle(torch.autograd.Function):
-    """A cube with ``ctx`` in the forward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grads[0] * 3 * x**2
 
 
 class NewStyle(torch.autograd.Function):
@@ -87,32 +75,15 @@ class CosineTimes(torch.autograd.Function):
         return grads[0] * x.cos(), -grads[0] * g * x.sin()
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """A square whose backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * grads[0] * x
-
-
 FUNCTIONS: dict[str, Any] = {
-    "function_old_style": OldStyle,
+    "function_old_style": Cube,
     "function_new_style": NewStyle,
     "function_with_jvp": ForwardToo,
     "function_with_custom_backward": BackwardIsAFunction,
 }
 for _name, _kind in FUNCTIONS.items():
     case(_name)(lambda kind=_kind: between(kind.apply))
-case("function_once_differentiable", refused="once_differentiable")(
-    lambda: between(OnceDifferentiable.apply)
-)
+case("function_once_differentiable", refused="once_differentiable")(lambda: between(CubeOnce.apply))
 
 
 # -- derivatives inside the model -----------------------------------------------------------------

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _in_place(formula: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The formula of an op whose name ends in an underscore."""
+
+    def written(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        result = formula(input.clone(), *args, **kwargs)
+        return result if result is None else input.copy_(result)
+
+    return written
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -28,9 +39,7 @@ def sinc(input: Tensor, *, out: Tensor | None = None) -> Tensor | None:
     return torch.where(small, series, x.sin() / x)
 
 
-def sinc_(input: Tensor) -> Tensor | None:
-    result = sinc(input)
-    return result if result is None else input.copy_(result)
+sinc_ = _in_place(sinc)
 
 
 def logaddexp(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor | None:
@@ -76,9 +85,7 @@ def scatter_reduce(
     return torch.where(reached, product, input)
 
 
-def scatter_reduce_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    result = scatter_reduce(input.clone(), *args, **kwargs)
-    return result if result is None else input.copy_(result)
+scatter_reduce_ = _in_place(scatter_reduce)
 
 
 def index_reduce(
@@ -104,9 +111,7 @@ def index_reduce(
     return result
 
 
-def index_reduce_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    result = index_reduce(input.clone(), *args, **kwargs)
-    return result if result is None else input.copy_(result)
+index_reduce_ = _in_place(index_reduce)
 
 
 def renorm(
@@ -120,9 +125,7 @@ def renorm(
     return input * torch.where(long, maxnorm / (norm + 1e-7), 1)
 
 
-def renorm_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    result = renorm(input.clone(), *args, **kwargs)
-    return result if result is None else input.copy_(result)
+renorm_ = _in_place(renorm)
 
 
 def cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:

@@ -54,10 +54,8 @@ def _by_product(x1: Tensor, x2: Tensor) -> Tensor:
         return distances
     first, second = (x.expand(*squares.shape[:-2], -1, -1) for x in (x1, x2))
     difference = first[(*batch, i)] - second[(*batch, j)]
-    zeros = euclidean(
-        difference - difference.detach(), Place()
-    )  # rounding may have left a small one
-    return distances.index_put(pairs, zeros)
+    difference = difference - difference.detach()  # rounding may have left a small one
+    return distances.index_put(pairs, euclidean(difference, Place()))
 
 
 def _minkowski(difference: Tensor, p: float) -> Tensor:

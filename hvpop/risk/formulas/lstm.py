@@ -66,19 +66,6 @@ def lstm(
     return x.transpose(0, 1) if batch_first else x, h, c
 
 
-def _sequence(driven: Tensor, across: Tensor, h: Tensor, c: Tensor) -> Three:
-    zs, cs, hs = [], [], []
-    for d in driven.unbind():
-        z = torch.addmm(d, h, across.t())
-        i, f, g, o = z.chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        zs.append(z)
-        cs.append(c)
-        hs.append(h)
-    return torch.stack(zs), torch.stack(cs), torch.stack(hs)
-
-
 class States(Function):
     """``z_t = d_t + W h_(t-1)``, ``c_t = f c_(t-1) + i g``, ``h_t = o tanh(c_t)``, with the gates of z."""
 
@@ -86,7 +73,16 @@ class States(Function):
 
     @staticmethod
     def forward(driven: Tensor, across: Tensor, h: Tensor, c: Tensor) -> Three:
-        return _sequence(driven, across, h, c)
+        zs, cs, hs = [], [], []
+        for d in driven.unbind():
+            z = torch.addmm(d, h, across.t())
+            i, f, g, o = z.chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            zs.append(z)
+            cs.append(c)
+            hs.append(h)
+        return torch.stack(zs), torch.stack(cs), torch.stack(hs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
