@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..marker import Cutting
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled
-from .by_rows import ROWS, Batched, Ends
+from .by_rows import ROWS, Ends
 from .graphs import explained
 from .parted import Parted
 from .reverse import Blockwise
+from .through_outputs import Batched
 
 AT_INPUTS = Cutting(at_inputs=True)
 
