@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,7 @@ class ByNodes:
         self.kinds: set[str] = set()
         self._largest = 1
         self._ends = [self._read(z) for z in outputs]
+        self._settle()
 
     @property
     def reached(self) -> set[str]:
@@ -54,21 +57,28 @@ class ByNodes:
         places = [*self._ends, *(place for _, places in self._steps for place in places)]
         return {place for place in places if isinstance(place, str)}
 
+    @property
+    def bytes(self) -> int:
+        """What is kept beside the graph."""
+        return sum(node.bytes for node, _ in self._steps)
+
     def width(self) -> int:
         """How many columns to take at once."""
         return max(1, min(BLOCK, BLOCK_NUMEL // self._largest))
 
     def push(self, v: Params, k: int | None = None) -> list[Tensor]:
         """``J v``: a tangent for each output."""
-        made: list[Tensor] = []
+        made: dict[int, Tensor] = {}
 
         def given(place: int | str | None) -> Tensor | None:
             if place is None:
                 return None
             return v[place] if isinstance(place, str) else made[place]
 
-        for node, places in self._steps:
-            made.append(node.push([given(place) for place in places], k))
+        for i, (node, places) in enumerate(self._steps):
+            made[i] = node.push([given(place) for place in places], k)
+            for place in self._done[i]:
+                del made[place]
         lead = () if k is None else (k,)
         found = [given(end) for end in self._ends]
         return [
@@ -95,6 +105,22 @@ class ByNodes:
             name: arrived[name] if name in arrived else p.new_zeros(lead + p.shape)
             for name, p in self._point.items()
         }
+
+    def _settle(self) -> None:
+        """See which step is the last to need another one's, and which may write over what it is given."""
+        last = {place: i for i, (_, places) in enumerate(self._steps) for place in places}
+        self._done: list[list[int]] = [[] for _ in self._steps]
+        for place, i in last.items():
+            if isinstance(place, int) and place not in self._ends:
+                self._done[i].append(place)
+        uses = Counter(place for _, places in self._steps for place in places)
+        uses.update(2 * self._ends)  # of which there may be readers elsewhere
+        for node, places in self._steps:
+            for place in places:
+                if isinstance(place, int) and uses[place] == 1:
+                    before = self._steps[place][0]
+                    node.overwrites_tangent = before.gives_fresh
+                    before.overwrites_cotangent = node.gives_fresh_back
 
     def _read(self, output: Tensor) -> int | str | None:
         """Append the steps that lead to an output, those that it depends on first."""
@@ -137,18 +163,32 @@ class ByNodes:
         return len(self._steps) - 1
 
 
-class _Node(Protocol):
+class _Node(ABC):
     """The derivative of one op: ``push`` from tangents of what it is given, ``pull`` back to them."""
 
+    bytes = 0
+    """What it keeps that the graph does not."""
+
+    gives_fresh = gives_fresh_back = False
+    """Whether what it gives, by ``push`` and by ``pull``, is nobody else's."""
+
+    overwrites_tangent = overwrites_cotangent = False
+    """Whether nobody else reads what it is given."""
+
+    @abstractmethod
     def __init__(self, node: Any, wanted: list[bool]) -> None: ...
 
+    @abstractmethod
     def push(self, tangents: Maybe, k: int | None) -> Tensor: ...
 
+    @abstractmethod
     def pull(self, s: Tensor, k: int | None) -> Maybe: ...
 
 
-class _Product:
+class _Product(_Node):
     """``x W``, and a bias if there is one."""
+
+    gives_fresh_back = True
 
     def __init__(self, node: Any, wanted: list[bool]) -> None:
         self._biased = len(wanted) == 3
@@ -159,6 +199,7 @@ class _Product:
         if self._biased and wanted[0] and len(_shape(behind[0][0])) != 1:
             raise UnreadableError("a bias for each sample")
         self._of_bias, of_x, of_w = wanted if self._biased else (False, *wanted)
+        self.gives_fresh = of_x or of_w
         self._x = _saved(node, "mat1" if self._biased else "self") if of_w else None
         self._w = _saved(node, "mat2") if of_x else None
 
@@ -198,25 +239,28 @@ def _multiplied(x: Tensor, dw: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(x, dw) if bias is None else torch.baddbmm(bias, x, dw)
 
 
-class _Entries:
+class _Entries(_Node):
     """An op of each entry by itself."""
+
+    gives_fresh = gives_fresh_back = True
 
     def __init__(self, node: Any, wanted: list[bool]) -> None:
         meta = node._input_metadata[0]
         one = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
         with torch.no_grad():
             self._slope: Tensor = node(one).detach()
+        self.bytes = self._slope.nbytes
 
     def push(self, tangents: Maybe, k: int | None) -> Tensor:
         (t,) = tangents
         assert t is not None
-        return t * self._slope
+        return t.mul_(self._slope) if self.overwrites_tangent else t * self._slope
 
     def pull(self, s: Tensor, k: int | None) -> Maybe:
-        return (s * self._slope,)
+        return (s.mul_(self._slope) if self.overwrites_cotangent else s * self._slope,)
 
 
-class _View:
+class _View(_Node):
     """The same entries in another shape."""
 
     def __init__(self, node: Any, wanted: list[bool]) -> None:
@@ -232,7 +276,7 @@ class _View:
         return (s.reshape(self._given if k is None else (k, *self._given)),)
 
 
-class _Transposed:
+class _Transposed(_Node):
     """A matrix transposed."""
 
     def __init__(self, node: Any, wanted: list[bool]) -> None:
@@ -248,7 +292,7 @@ class _Transposed:
         return (s.mT,)
 
 
-class _Sum:
+class _Sum(_Node):
     """Of two tensors of one shape."""
 
     def __init__(self, node: Any, wanted: list[bool]) -> None:

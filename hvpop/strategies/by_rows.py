@@ -87,6 +87,7 @@ class RowsMap:
     def __init__(self, owner: ByRows, parted: Parted, ends: Ends, params: Params) -> None:
         self._owner, self.parted, self.rows, self._params = owner, parted, ends, params
         self._nodes = owner.read(parted)
+        self.beside = 0 if self._nodes is None else self._nodes.bytes
         self.pull = _Pull(owner, parted, ends, self._nodes)
         self.looks = True
         if owner.keeps and not isinstance(owner.strategy, ForwardOverReverse):

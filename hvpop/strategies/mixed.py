@@ -49,7 +49,7 @@ class Mixed(HVPStrategy):
 class MixedMap:
     """The mixed derivatives of one batch: ``push`` maps parameters to inputs, ``pull`` the other way."""
 
-    looks, ends = True, None
+    looks, ends, beside = True, None, 0
 
     def __init__(self, owner: Mixed, parted: Parted, ends: Any) -> None:
         self.rows = ends
@@ -71,7 +71,7 @@ class MixedMap:
 class NothingMap:
     """A batch without rows."""
 
-    looks, ends, count = False, None, 0
+    looks, ends, count, beside = False, None, 0, 0
 
     def __init__(self, params: Params) -> None:
         self.rows = self

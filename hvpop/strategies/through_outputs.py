@@ -269,6 +269,8 @@ class KeptGraphs(Blockwise):
         self.middle = owner.middle(parted)
         self.push: Push = owner.pushing(parted) if nodes is None else nodes.push
         self._pull = parted.pull if nodes is None else nodes.pull
+        if nodes is not None:
+            self.bare, self.beside = True, nodes.bytes
 
     def _together(self) -> int:
         if self._nodes is not None:
@@ -304,7 +306,7 @@ class _Forward(LinearMap):
 
 
 class _Once(LinearMap):
-    """By dual numbers where these are known to be right, else by kept graphs."""
+    """By dual numbers where these are known to be right, else by kept graphs, as where these are read."""
 
     def __init__(
         self, owner: ThroughOutputs, fn: ScalarFunction, params: Params, args: tuple[object, ...]
@@ -314,7 +316,7 @@ class _Once(LinearMap):
 
     def __call__(self, v: Params) -> Params:
         owner, forward = self._owner, _Forward(self._owner, self._fn, self._params, self._args)
-        if owner._attempts >= ATTEMPTS:
+        if owner._attempts >= ATTEMPTS or owner._read:
             return self._kept()(v)
         try:
             product = forward(v)
