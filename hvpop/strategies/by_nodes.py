@@ -155,10 +155,10 @@ class ByNodes:
             raise UnreadableError(node.name())
         try:
             made = kind(node, [place is not None for place in places])
+            self._largest = max(self._largest, prod(_shape(node)))
         except (AttributeError, RuntimeError) as error:  # another version; written to since
             raise UnreadableError(node.name()) from error
         self.kinds.add(node.name())
-        self._largest = max(self._largest, prod(_shape(node)))
         self._steps.append((made, places))
         return len(self._steps) - 1
 

@@ -176,6 +176,24 @@ def test_a_graph_that_is_not_known_is_refused(made: Any) -> None:
         ByNodes([made(normal(6, 4), w)], {"w": w})
 
 
+def test_what_a_version_of_torch_does_not_show_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(node: Any, name: str) -> Any:
+        raise AttributeError(name)
+
+    layer = nn.Linear(4, 3)
+    monkeypatch.setattr(by_nodes, "_saved", gone)
+    with pytest.raises(UnreadableError):
+        ByNodes([layer(torch.zeros(2, 4))], dict(layer.named_parameters()))
+
+
+def test_what_was_written_to_since_is_refused() -> None:
+    layer, x = nn.Linear(4, 3), torch.zeros(2, 4)
+    z = layer(x)
+    x.add_(1.0)
+    with pytest.raises(UnreadableError):
+        ByNodes([z], dict(layer.named_parameters()))
+
+
 # -- in operators ----------------------------------------------------------------------------------
 
 X, Y = normal(12, 4, seed=5), torch.arange(12) % 3
