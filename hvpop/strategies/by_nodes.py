@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .base import Params
-
-Maybe = Sequence[Tensor | None]
+from .nodes import Node, UnreadableError, kind_of, shape_of
 
 BLOCK_NUMEL = 2**19
 """So many numbers a node may give for all columns that go through it at once: more leave the cache, and
@@ -21,10 +18,6 @@ less is bookkeeping (64-32-10 network, 1437 samples: 0.27 ms a column by 8 and b
 
 BLOCK = 16
 """Columns at once, at most: more gain nothing more."""
-
-
-class UnreadableError(LookupError):
-    """A graph has a node in it that is not known here."""
 
 
 class ByNodes:
@@ -45,7 +38,7 @@ class ByNodes:
         self._point, self._outputs = point, outputs
         self._slots = {id(p): name for name, p in point.items()}
         self._places: dict[Any, int | str | None] = {}  # of what each node gives; None: a constant
-        self._steps: list[tuple[_Node, list[int | str | None]]] = []
+        self._steps: list[tuple[Node, list[int | str | None]]] = []
         self.kinds: set[str] = set()
         self._largest = 1
         self._ends = [self._read(z) for z in outputs]
@@ -64,6 +57,8 @@ class ByNodes:
 
     def width(self) -> int:
         """How many columns to take at once."""
+        if any(node.alone for node, _ in self._steps):
+            return 1
         return max(1, min(BLOCK, BLOCK_NUMEL // self._largest))
 
     def push(self, v: Params, k: int | None = None) -> list[Tensor]:
@@ -150,193 +145,12 @@ class ByNodes:
         places = [None if n is None else self._places[n] for n, _ in node.next_functions]
         if all(place is None for place in places):
             return None
-        kind = KINDS.get(node.name())
-        if kind is None:
-            raise UnreadableError(node.name())
+        kind = kind_of(node)
         try:
             made = kind(node, [place is not None for place in places])
-            self._largest = max(self._largest, prod(_shape(node)))
+            self._largest = max(self._largest, prod(shape_of(node)))
         except (AttributeError, RuntimeError) as error:  # another version; written to since
             raise UnreadableError(node.name()) from error
         self.kinds.add(node.name())
         self._steps.append((made, places))
         return len(self._steps) - 1
-
-
-class _Node(ABC):
-    """The derivative of one op: ``push`` from tangents of what it is given, ``pull`` back to them."""
-
-    bytes = 0
-    """What it keeps that the graph does not."""
-
-    gives_fresh = gives_fresh_back = False
-    """Whether what it gives, by ``push`` and by ``pull``, is nobody else's."""
-
-    overwrites_tangent = overwrites_cotangent = False
-    """Whether nobody else reads what it is given."""
-
-    @abstractmethod
-    def __init__(self, node: Any, wanted: list[bool]) -> None: ...
-
-    @abstractmethod
-    def push(self, tangents: Maybe, k: int | None) -> Tensor: ...
-
-    @abstractmethod
-    def pull(self, s: Tensor, k: int | None) -> Maybe: ...
-
-
-class _Product(_Node):
-    """``x W``, and a bias if there is one."""
-
-    gives_fresh_back = True
-
-    def __init__(self, node: Any, wanted: list[bool]) -> None:
-        self._biased = len(wanted) == 3
-        if self._biased and (node._saved_alpha != 1 or node._saved_beta != 1):
-            raise UnreadableError("a product with factors")
-        self._rows = _shape(node)[0]
-        behind = node.next_functions
-        if self._biased and wanted[0] and len(_shape(behind[0][0])) != 1:
-            raise UnreadableError("a bias for each sample")
-        self._of_bias, of_x, of_w = wanted if self._biased else (False, *wanted)
-        self.gives_fresh = of_x or of_w
-        self._x = _saved(node, "mat1" if self._biased else "self") if of_w else None
-        self._w = _saved(node, "mat2") if of_x else None
-
-    def push(self, tangents: Maybe, k: int | None) -> Tensor:
-        db, dx, dw = tangents if self._biased else (None, *tangents)
-        made = None if db is None else db.unsqueeze(-2)
-        if self._x is not None and dw is not None:
-            made = _multiplied(self._x, dw, made)
-        if self._w is None or dx is None:
-            assert made is not None
-            return made.expand(*made.shape[:-2], self._rows, -1)  # be it the bias alone
-        rows = dx.reshape(-1, dx.shape[-1])
-        if dw is not None and made is not None and made.is_contiguous():
-            made.view(-1, made.shape[-1]).addmm_(rows, self._w)
-            return made
-        pushed = (rows @ self._w).view(*dx.shape[:-1], -1)
-        return pushed if made is None else pushed.add_(made)
-
-    def pull(self, s: Tensor, k: int | None) -> Maybe:
-        of_x = of_w = None
-        if self._w is not None:
-            of_x = (s.reshape(-1, s.shape[-1]) @ self._w.T).view(*s.shape[:-1], -1)
-        if (
-            self._x is not None
-        ):  # transposed, as weights are, that of a matrix product comes in order
-            x = self._x if k is None else self._x.expand(k, -1, -1)
-            of_w = (s.mT @ x).mT
-        if not self._biased:
-            return of_x, of_w
-        return (s.sum(-2) if self._of_bias else None), of_x, of_w
-
-
-def _multiplied(x: Tensor, dw: Tensor, bias: Tensor | None) -> Tensor:
-    if dw.dim() == 2:
-        return x @ dw if bias is None else torch.addmm(bias, x, dw)
-    x = x.expand(dw.shape[0], -1, -1)
-    return torch.bmm(x, dw) if bias is None else torch.baddbmm(bias, x, dw)
-
-
-class _Entries(_Node):
-    """An op of each entry by itself."""
-
-    gives_fresh = gives_fresh_back = True
-
-    def __init__(self, node: Any, wanted: list[bool]) -> None:
-        meta = node._input_metadata[0]
-        one = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-        with torch.no_grad():
-            self._slope: Tensor = node(one).detach()
-        self.bytes = self._slope.nbytes
-
-    def push(self, tangents: Maybe, k: int | None) -> Tensor:
-        (t,) = tangents
-        assert t is not None
-        return t.mul_(self._slope) if self.overwrites_tangent else t * self._slope
-
-    def pull(self, s: Tensor, k: int | None) -> Maybe:
-        return (s.mul_(self._slope) if self.overwrites_cotangent else s * self._slope,)
-
-
-class _View(_Node):
-    """The same entries in another shape."""
-
-    def __init__(self, node: Any, wanted: list[bool]) -> None:
-        self._shape = _shape(node)
-        self._given = tuple(node._saved_self_sym_sizes)
-
-    def push(self, tangents: Maybe, k: int | None) -> Tensor:
-        (t,) = tangents
-        assert t is not None
-        return t.reshape(self._shape if k is None else (k, *self._shape))
-
-    def pull(self, s: Tensor, k: int | None) -> Maybe:
-        return (s.reshape(self._given if k is None else (k, *self._given)),)
-
-
-class _Transposed(_Node):
-    """A matrix transposed."""
-
-    def __init__(self, node: Any, wanted: list[bool]) -> None:
-        if len(_shape(node)) != 2:
-            raise UnreadableError("no matrix")
-
-    def push(self, tangents: Maybe, k: int | None) -> Tensor:
-        (t,) = tangents
-        assert t is not None
-        return t.mT
-
-    def pull(self, s: Tensor, k: int | None) -> Maybe:
-        return (s.mT,)
-
-
-class _Sum(_Node):
-    """Of two tensors of one shape."""
-
-    def __init__(self, node: Any, wanted: list[bool]) -> None:
-        shapes = {_shape(n) for (n, _), w in zip(node.next_functions, wanted, strict=True) if w}
-        if node._saved_alpha != 1 or shapes != {_shape(node)}:
-            raise UnreadableError("a sum that is not of two tensors alike")
-        self._wanted = wanted
-
-    def push(self, tangents: Maybe, k: int | None) -> Tensor:
-        given = [t for t in tangents if t is not None]
-        return given[0] if len(given) == 1 else given[0] + given[1]
-
-    def pull(self, s: Tensor, k: int | None) -> Maybe:
-        return [s if wanted else None for wanted in self._wanted]
-
-
-def _saved(node: Any, name: str) -> Tensor:
-    saved = getattr(node, f"_saved_{name}")
-    if not isinstance(saved, Tensor):
-        raise UnreadableError(f"{node.name()} has not kept what it needs here")
-    return saved.detach()
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    """The shape of what an op gives."""
-    if node.name() == "torch::autograd::AccumulateGrad":
-        return tuple(node.variable.shape)
-    return tuple(node._input_metadata[0].shape)
-
-
-KINDS: dict[str, type[_Node]] = {
-    **dict.fromkeys(("AddmmBackward0", "MmBackward0"), _Product),
-    **dict.fromkeys(
-        ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"),
-        _View,
-    ),
-    "TBackward0": _Transposed,
-    "AddBackward0": _Sum,
-    **{
-        f"{op}Backward0": _Entries
-        for op in (
-            *("Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish"),
-            *("Softplus", "Hardtanh", "Hardswish", "Hardsigmoid", "Exp"),
-        )
-    },
-}
-"""Nodes by what their op is."""

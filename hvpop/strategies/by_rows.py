@@ -86,12 +86,17 @@ class RowsMap:
 
     def __init__(self, owner: ByRows, parted: Parted, ends: Ends, params: Params) -> None:
         self._owner, self.parted, self.rows, self._params = owner, parted, ends, params
-        self._nodes = owner.read(parted)
-        self.beside = 0 if self._nodes is None else self._nodes.bytes
-        self.pull = _Pull(owner, parted, ends, self._nodes)
+        self._reading = _Reading(owner, parted)
+        self.pull = _Pull(owner, parted, ends, self._reading)
         self.looks = True
         if owner.keeps and not isinstance(owner.strategy, ForwardOverReverse):
             self.looks = self.pull.looks = self.push.looks
+
+    @property
+    def beside(self) -> int:
+        """As that of a `LinearMap`."""
+        nodes = self._reading.nodes
+        return 0 if nodes is None else nodes.bytes
 
     @cached_property
     def push(self) -> LinearMap:
@@ -99,13 +104,25 @@ class RowsMap:
         if isinstance(owner.strategy, ForwardOverReverse):
             return _PushForward(owner, parted)
         with grad_enabled(), explained(owner), parted.around():
-            pushing = owner.pushing(parted) if self._nodes is None else self._nodes.push
-        push = _Push(owner, parted, self.rows, pushing, self._nodes)
+            nodes = self._reading.nodes
+            pushing = owner.pushing(parted) if nodes is None else nodes.push
+        push = _Push(owner, parted, self.rows, pushing, nodes)
         push.looks = owner._examine(parted, pushing, self._params)
         return push
 
     def verify(self) -> None:
         """As that of a `LinearMap`: made just now, there is nothing to see."""
+
+
+class _Reading:
+    """The graph of outputs as it is read, once somebody asks; None where it cannot be."""
+
+    def __init__(self, owner: ByRows, parted: Parted) -> None:
+        self._owner, self._parted = owner, parted
+
+    @cached_property
+    def nodes(self) -> ByNodes | None:
+        return self._owner.read(self._parted)
 
 
 class _Push(Blockwise):
@@ -141,9 +158,22 @@ class _PushForward(LinearMap):
 
 
 class _Pull(Blockwise):
-    def __init__(self, owner: ByRows, parted: Parted, ends: Ends, nodes: ByNodes | None) -> None:
-        super().__init__(owner.pulled[nodes is not None], parted.point, parted.args)
-        self._owner, self._parted, self._ends, self._nodes = owner, parted, ends, nodes
+    """The engine's pull-back costs nothing to prepare: what is read serves many products, or columns."""
+
+    def __init__(self, owner: ByRows, parted: Parted, ends: Ends, reading: _Reading) -> None:
+        super().__init__(owner.pulled[False], parted.point, parted.args)
+        self._owner, self._parted, self._ends, self._reading = owner, parted, ends, reading
+        self._nodes: ByNodes | None = None
+        if owner.keeps:
+            self._read()
+
+    def columns(self, U: Params) -> Params:
+        self._read()
+        return super().columns(U)
+
+    def _read(self) -> None:
+        self._nodes = self._reading.nodes
+        self._strategy = self._owner.pulled[self._nodes is not None]
 
     def _together(self) -> int:
         return super()._together() if self._nodes is None else self._nodes.width()

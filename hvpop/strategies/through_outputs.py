@@ -13,9 +13,10 @@ from ..graph import leaves_of, nodes_of, pulled
 from ..marker import AT_MARKS, Cutting
 from .authored import NOTHING, authored, ungraded
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
-from .by_nodes import ByNodes, UnreadableError
+from .by_nodes import ByNodes
 from .forward import ForwardOverReverse
 from .graphs import NoSecondDerivativeError, check_graph, explained
+from .nodes import UnreadableError
 from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
 from .referee import generic, norm
 from .reverse import Blockwise, ReverseOverReverse
@@ -131,11 +132,12 @@ class ThroughOutputs(HVPStrategy):
             self._read, self._readings, self.by_nodes = frozenset(), 0, Batched()
 
     def read(self, parted: Parted) -> ByNodes | None:
-        """The outputs' graph node by node, of ordinary layers that have been seen to be right so."""
+        """The outputs' graph node by node, of known ops that have been seen to be right so."""
         self._begin(parted.fn)
-        ordinary = getattr(parted.fn, "plain", False) and self._tested
-        if not ordinary or type(self.strategy) is not ReverseOverReverse:
+        if not self._tested or type(self.strategy) is not ReverseOverReverse:
             return None
+        if any(authored(parted.fn, z) for z in parted.outputs):
+            return None  # custom Functions, and hooks
         try:
             nodes = ByNodes(parted.outputs, parted.point) if self._readings < ATTEMPTS else None
         except UnreadableError:
