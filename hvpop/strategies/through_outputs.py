@@ -308,7 +308,10 @@ class _Forward(LinearMap):
 
 
 class _Once(LinearMap):
-    """By dual numbers where these are known to be right, else by kept graphs, as where these are read."""
+    """By dual numbers where these are known to be right, else by kept graphs.
+
+    So are the graphs of ordinary layers that have been read: what dual numbers cost beside is more.
+    """
 
     def __init__(
         self, owner: ThroughOutputs, fn: ScalarFunction, params: Params, args: tuple[object, ...]
@@ -318,7 +321,8 @@ class _Once(LinearMap):
 
     def __call__(self, v: Params) -> Params:
         owner, forward = self._owner, _Forward(self._owner, self._fn, self._params, self._args)
-        if owner._attempts >= ATTEMPTS or owner._read:
+        read = bool(owner._read) and getattr(self._fn, "plain", False)
+        if owner._attempts >= ATTEMPTS or read:
             return self._kept()(v)
         try:
             product = forward(v)
