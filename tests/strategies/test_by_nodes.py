@@ -310,3 +310,26 @@ def test_zero_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         model[0].bias.zero_()
     point = dict(model.named_parameters())
     torch.testing.assert_close(J @ v, dense(model(X), point) @ v, rtol=1e-11, atol=1e-12)
+
+
+def test_a_hook_on_a_tensor_counts_from_the_moment_that_it_is_there() -> None:
+    class Hooked(Twice):
+        doubling = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.layer(x))
+            if self.doubling:
+                h.register_hook(lambda g: 2 * g)
+            made: Tensor = self.layer(h)
+            return made
+
+    model = Hooked().to(F64)
+    G = GradientOperator(model, nn.CrossEntropyLoss(), DATA)
+    for model.doubling in (False, True):
+        rows = []
+        for x, y in zip(X.split(1), Y.split(1), strict=True):
+            model.zero_grad()
+            nn.CrossEntropyLoss()(model(x), y).backward()
+            rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        expected = torch.stack(rows).T @ normal(12, 3)
+        torch.testing.assert_close(G.T @ normal(12, 3), expected, rtol=1e-11, atol=1e-12)
