@@ -22,7 +22,7 @@ and not a time, so that the same calls give the same bits."""
 class Formed(LinearMap):
     """``sum_i w_i g_i g_i'`` by the rows ``g_i`` themselves: reads of them, and no pass of a model."""
 
-    looks = False
+    looks, bare = False, True
 
     def __init__(self, rows: Params, weights: Tensor) -> None:
         self._rows, self._weights = rows, weights  # (count, *parameter.shape); (count,)

@@ -104,6 +104,6 @@ def cross_entropy_hessian(parted: Parted) -> Times | None:
 
     def times(s: Tensors, k: int | None) -> Tensors:
         q: Tensor = weighted * s[0]
-        return [torch.addcmul(q, p, q.sum(dim, keepdim=True), value=-1)]
+        return [q.addcmul_(p, q.sum(dim, keepdim=True), value=-1)]
 
     return times

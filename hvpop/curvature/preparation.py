@@ -13,7 +13,7 @@ from ..risk.batches import tensors_in
 from ..risk.merging import concatenated, stacked
 from ..strategies import Compiled, HVPStrategy, LinearMap, Params
 from ..strategies.base import out_of_memory
-from .formed import Formed, formed
+from .formed import formed
 from .joining import LIVE_BYTES
 from .lending import Lent, owned, shared_bytes
 from .memory import bytes_of, graph_bytes, map_bytes
@@ -169,7 +169,7 @@ class Preparation:
         """Exchange kept maps for traced ones, one after the other, as far as that can be and fits."""
         self.tried_tracing = True
         for i, part in enumerate(self.parts):
-            if part.map is None or isinstance(part.map, Formed):
+            if part.map is None or part.map.bare:
                 continue
             self.parts[i] = replace(part, map=None)  # room for the new one
             size = self._size(part.term)
@@ -296,9 +296,10 @@ class Preparation:
         linear = make()
         size = map_bytes(linear, known)
         if size is None:
+            beside = linear.beside
             del linear
             try:
-                return graph_bytes(make, known)
+                return graph_bytes(make, known) + beside
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise

@@ -138,7 +138,7 @@ class _Run:
         self.least: Tensor  # (k,)
         self.checked: bool  # whether the error is that of true residuals
         if file is None or not self._found(file):
-            self._start(self.B if X0 is None else self.B - self._multiply(self.X))
+            self._start(self._seen(self.B) if X0 is None else self._true_residuals())
 
     # -- checkpoint -------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class _Run:
 
     def recover(self) -> None:
         """After a step that was cut short: what belongs together is made of ``X`` anew."""
-        self._start(self.B - self._multiply(self.X))
+        self._start(self._true_residuals())
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -178,10 +178,12 @@ class _Run:
         claimed = bool((self.error <= torch.maximum(self.target, floor)).all())
         if self.failure is None and claimed and not self.checked:
             before = self.true
-            self._start(self.B - self._multiply(self.X))
+            R = self._true_residuals()
             open_ = self.error > self.target
             if bool((open_ & (self.error > before / 2)).any()):
                 self.failure = "stagnated"
+            elif bool(open_.any()):
+                self._start(R)
         return self.failure is not None or bool((self.error <= self.target).all())
 
     def step(self) -> None:
@@ -222,7 +224,7 @@ class _Run:
 
     def result(self, b: Tensor, unfinished: Status) -> SolveResult:
         if not self.checked:
-            self._start(self.B - self._multiply(self.X))
+            self._true_residuals()
         status: list[Status] = [
             "converged" if ok else self.failure or unfinished
             for ok in (self.error <= self.target).tolist()
@@ -247,11 +249,18 @@ class _Run:
         """Begin from true residuals."""
         self.Q, self.C = self._basis(R)
         self.S = self.Q
+
+    def _true_residuals(self) -> Tensor:
+        return self._seen(self.B - self._multiply(self.X))
+
+    def _seen(self, R: Tensor) -> Tensor:
+        """Take the errors from true residuals."""
         self.error = checks.norms(R, self.A.space)
         self.true, self.checked = self.error, True
         self.best, self.least = self.X, self.error
         if not self.history:
             self.history.append(self.error.clone())
+        return R
 
     def _basis(self, R: Tensor) -> tuple[Tensor, Tensor]:
         Q, C = self.A.space.qr(R)

@@ -29,6 +29,12 @@ class LinearMap(ABC):
     looks: bool = True
     """Whether a product may look at more than the map itself: at a model, say, in a hook."""
 
+    bare: bool = False
+    """Whether products are no more than what a trace would leave of them."""
+
+    beside: int = 0
+    """Bytes that the map keeps and no graph shows."""
+
     ends: Sequence[End] | None = None
     """Where the autograd graphs begin that the map holds; None: not known, or they keep more than they show."""
 

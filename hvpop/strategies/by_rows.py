@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .authored import ungraded
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled
+from .by_nodes import ByNodes
 from .forward import ForwardOverReverse
 from .graphs import explained
 from .parted import Parted, Tensors, pushed_forward
 from .reverse import Blockwise
-from .through_outputs import ThroughOutputs
+from .through_outputs import Batched, ThroughOutputs
 
 ROWS = ""
 """The name of what stands for rows where maps take and give dicts."""
@@ -49,7 +50,7 @@ class ByRows(ThroughOutputs):
     ) -> None:
         super().__init__(strategy, rows)  # type: ignore[arg-type]  # no middle, but parted like one
         self._rows, self._keeps = rows, keeps
-        self.pushed, self.pulled = Batched(), Batched()
+        self._forget_columns()
 
     def of(self, strategy: HVPStrategy) -> ByRows:
         return ByRows(strategy, self._rows, keeps=self._keeps)
@@ -58,13 +59,17 @@ class ByRows(ThroughOutputs):
         self, fn: ScalarFunction, params: Params, *args: object, differentiable: bool = False
     ) -> RowsMap:
         if self._known != fn:
-            self.pushed, self.pulled = Batched(), Batched()
+            self._forget_columns()
             self._begin(fn)
         with grad_enabled(), explained(self):
             parted = Parted(fn, params, args, cutting=self.cutting)
             self.prove(parted)
             with ungraded(fn, parted.point), parted.around():
                 return RowsMap(self, parted, self._rows(parted), params)
+
+    def _forget_columns(self) -> None:
+        self.pushed = Batched(), Batched()  # through the engine, and by nodes
+        self.pulled = Batched(), Batched()
 
     @property
     def keeps(self) -> bool:
@@ -74,12 +79,6 @@ class ByRows(ThroughOutputs):
         return self._rows(parted)
 
 
-class Batched:
-    """Whether columns can be multiplied at once; None: not tried yet."""
-
-    batches_columns: bool | None = None
-
-
 class RowsMap:
     """The rows of one batch: ``push`` maps parameters to rows, ``pull`` rows to parameters."""
 
@@ -87,10 +86,17 @@ class RowsMap:
 
     def __init__(self, owner: ByRows, parted: Parted, ends: Ends, params: Params) -> None:
         self._owner, self.parted, self.rows, self._params = owner, parted, ends, params
-        self.pull = _Pull(owner, parted, ends)
+        self._reading = _Reading(owner, parted)
+        self.pull = _Pull(owner, parted, ends, self._reading)
         self.looks = True
         if owner.keeps and not isinstance(owner.strategy, ForwardOverReverse):
             self.looks = self.pull.looks = self.push.looks
+
+    @property
+    def beside(self) -> int:
+        """As that of a `LinearMap`."""
+        nodes = self._reading.nodes
+        return 0 if nodes is None else nodes.bytes
 
     @cached_property
     def push(self) -> LinearMap:
@@ -98,8 +104,9 @@ class RowsMap:
         if isinstance(owner.strategy, ForwardOverReverse):
             return _PushForward(owner, parted)
         with grad_enabled(), explained(owner), parted.around():
-            pushing = owner.pushing(parted)
-        push = _Push(owner, parted, self.rows, pushing)
+            nodes = self._reading.nodes
+            pushing = owner.pushing(parted) if nodes is None else nodes.push
+        push = _Push(owner, parted, self.rows, pushing, nodes)
         push.looks = owner._examine(parted, pushing, self._params)
         return push
 
@@ -107,13 +114,29 @@ class RowsMap:
         """As that of a `LinearMap`: made just now, there is nothing to see."""
 
 
-class _Push(Blockwise):
-    def __init__(self, owner: ByRows, parted: Parted, ends: Ends, pushing: Any) -> None:
-        super().__init__(owner.pushed, parted.point, parted.args)
-        self._owner, self._parted, self._ends, self._pushing = owner, parted, ends, pushing
+class _Reading:
+    """The graph of outputs as it is read, once somebody asks; None where it cannot be."""
 
-    def _may_batch(self) -> bool:
-        return self._owner.strategy.exact and super()._may_batch()
+    def __init__(self, owner: ByRows, parted: Parted) -> None:
+        self._owner, self._parted = owner, parted
+
+    @cached_property
+    def nodes(self) -> ByNodes | None:
+        return self._owner.read(self._parted)
+
+
+class _Push(Blockwise):
+    def __init__(
+        self, owner: ByRows, parted: Parted, ends: Ends, pushing: Any, nodes: ByNodes | None
+    ) -> None:
+        super().__init__(owner.pushed[nodes is not None], parted.point, parted.args)
+        self._owner, self._parted, self._ends = owner, parted, ends
+        self._pushing, self._nodes = pushing, nodes
+
+    def _together(self) -> int:
+        if self._nodes is not None:
+            return self._nodes.width()
+        return super()._together() if self._owner.strategy.exact else 1
 
     def _product(self, v: Params, k: int | None = None) -> Params:
         around = self._parted.around() if self.looks else nullcontext()
@@ -135,12 +158,29 @@ class _PushForward(LinearMap):
 
 
 class _Pull(Blockwise):
-    def __init__(self, owner: ByRows, parted: Parted, ends: Ends) -> None:
-        super().__init__(owner.pulled, parted.point, parted.args)
-        self._owner, self._parted, self._ends = owner, parted, ends
+    """The engine's pull-back costs nothing to prepare: what is read serves many products, or columns."""
+
+    def __init__(self, owner: ByRows, parted: Parted, ends: Ends, reading: _Reading) -> None:
+        super().__init__(owner.pulled[False], parted.point, parted.args)
+        self._owner, self._parted, self._ends, self._reading = owner, parted, ends, reading
+        self._nodes: ByNodes | None = None
+        if owner.keeps:
+            self._read()
+
+    def columns(self, U: Params) -> Params:
+        self._read()
+        return super().columns(U)
+
+    def _read(self) -> None:
+        self._nodes = self._reading.nodes
+        self._strategy = self._owner.pulled[self._nodes is not None]
+
+    def _together(self) -> int:
+        return super()._together() if self._nodes is None else self._nodes.width()
 
     def _product(self, u: Params, k: int | None = None) -> Params:
         around = self._parted.around() if self.looks else nullcontext()
         with grad_enabled(), explained(self._owner), around:
-            found = self._parted.pull(self._ends.spread(u[ROWS], k), k)
+            pull = self._parted.pull if self._nodes is None else self._nodes.pull
+            found = pull(self._ends.spread(u[ROWS], k), k)
         return {name: t.detach() for name, t in found.items()}

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..marker import Cutting
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, filled, grad_enabled
-from .by_rows import ROWS, Batched, Ends
+from .by_rows import ROWS, Ends
 from .graphs import explained
 from .parted import Parted
 from .reverse import Blockwise
+from .through_outputs import Batched
 
 AT_INPUTS = Cutting(at_inputs=True)
 
@@ -48,7 +49,7 @@ class Mixed(HVPStrategy):
 class MixedMap:
     """The mixed derivatives of one batch: ``push`` maps parameters to inputs, ``pull`` the other way."""
 
-    looks, ends = True, None
+    looks, ends, beside = True, None, 0
 
     def __init__(self, owner: Mixed, parted: Parted, ends: Any) -> None:
         self.rows = ends
@@ -70,7 +71,7 @@ class MixedMap:
 class NothingMap:
     """A batch without rows."""
 
-    looks, ends, count = False, None, 0
+    looks, ends, count, beside = False, None, 0, 0
 
     def __init__(self, params: Params) -> None:
         self.rows = self

@@ -131,22 +131,24 @@ class Blockwise(LinearMap):
         return self._product(v)
 
     def columns(self, V: Params) -> Params:
-        if self._strategy.batches_columns is False or not self._may_batch():
+        width = 1 if self._strategy.batches_columns is False else self._together()
+        if width == 1:
             return super().columns(V)
         k = next(iter(V.values())).shape[0]
         blocks = []
-        for start in range(0, k, BLOCK):
-            block = self._batched({name: v[start : start + BLOCK] for name, v in V.items()})
+        for start in range(0, k, width):
+            block = self._batched({name: v[start : start + width] for name, v in V.items()})
             if block is None:
                 return super().columns(V)
             blocks.append(block)
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
-    def _may_batch(self) -> bool:
+    def _together(self) -> int:
+        """How many columns are multiplied at once."""
         given = [*self._point.values(), *pytree.tree_leaves(self._args)]
         tensors = [t for t in given if isinstance(t, Tensor)]
         small = BATCHED_NUMEL.get(tensors[0].device.type, BATCHED_NUMEL["cpu"])
-        return sum(t.numel() for t in tensors) <= small
+        return BLOCK if sum(t.numel() for t in tensors) <= small else 1
 
     def _batched(self, V: Params) -> Params | None:
         """Some columns at once; None where an op has no rule for that, or a wrong one."""
@@ -207,8 +209,8 @@ class _DoubleBackward(Blockwise):
     def ends(self) -> Sequence[End] | None:  # type: ignore[override]
         return None if self.looks else self._gradient
 
-    def _may_batch(self) -> bool:
-        return not self._create_graph and super()._may_batch()
+    def _together(self) -> int:
+        return 1 if self._create_graph else super()._together()
 
     def _product(self, v: Params, k: int | None = None) -> Params:
         return self._pull_back([v[name] for name in self._names], k)

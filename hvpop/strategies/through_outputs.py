@@ -13,8 +13,10 @@ from ..graph import leaves_of, nodes_of, pulled
 from ..marker import AT_MARKS, Cutting
 from .authored import NOTHING, authored, ungraded
 from .base import HVPStrategy, LinearMap, Params, ScalarFunction, grad_enabled, out_of_memory
+from .by_nodes import ByNodes
 from .forward import ForwardOverReverse
 from .graphs import NoSecondDerivativeError, check_graph, explained
+from .nodes import UnreadableError
 from .parted import Differences, DoublePullBack, Parted, Tensors, pushed_forward
 from .referee import generic, norm
 from .reverse import Blockwise, ReverseOverReverse
@@ -23,19 +25,26 @@ from .rounding import agree, nudged, reordered, rounding
 Times = Callable[[Tensors, int | None], Tensors]
 """``times(s, k)`` is ``B s``, of one s or of k at once."""
 
-Push = DoublePullBack | Differences
+Push = Callable[..., Tensors]
 
 Middle = Callable[[Parted], Times]
 """Makes B of a parted function. One that wants it parted in its own way has ``cutting``, as `Parted`
 has; one that has to see something of a function first has ``prove(parted)``."""
 
 
+class Batched:
+    """Whether columns can be multiplied at once; None: not tried yet."""
+
+    batches_columns: bool | None = None
+
+
 class ThroughOutputs(HVPStrategy):
     """``J' B J`` of a function that marks its outputs, with J by a strategy's kind of derivative.
 
     J v is the transpose of the pull-back, transposed once more, on kept graphs; by dual numbers with
-    `ForwardOverReverse`, by differences with `FiniteDifference`. A single product is made by dual numbers,
-    too, once they have been seen to give the same for all ops of the function.
+    `ForwardOverReverse`, by differences with `FiniteDifference`. Of ordinary layers whose ops are all
+    known it is read off the graph (`ByNodes`), and else a single product is made by dual numbers, each
+    once it has been seen to give the same for all ops of the function.
 
     Parameters
     ----------
@@ -53,6 +62,9 @@ class ThroughOutputs(HVPStrategy):
         self._proven: frozenset[object] = NOTHING
         self._pushed: frozenset[object] = NOTHING  # ops through which dual numbers are right
         self._attempts = 0  # at seeing so; none is left where they have been wrong
+        self._read: frozenset[str] = frozenset()  # nodes that are right as they are read
+        self._readings = 0  # attempts at seeing so
+        self.by_nodes = Batched()
 
     def __repr__(self) -> str:
         return repr(self.strategy)
@@ -117,6 +129,26 @@ class ThroughOutputs(HVPStrategy):
         if self._known != fn:
             self._known, self._proven, self.batches_columns = fn, NOTHING, None
             self._pushed, self._attempts = NOTHING, 0
+            self._read, self._readings, self.by_nodes = frozenset(), 0, Batched()
+
+    def read(self, parted: Parted) -> ByNodes | None:
+        """The outputs' graph node by node, of known ops that have been seen to be right so."""
+        self._begin(parted.fn)
+        if not self._tested or type(self.strategy) is not ReverseOverReverse:
+            return None
+        if any(authored(parted.fn, z) for z in parted.outputs):
+            return None  # custom Functions, and hooks
+        try:
+            nodes = ByNodes(parted.outputs, parted.point) if self._readings < ATTEMPTS else None
+        except UnreadableError:
+            return None
+        if nodes is not None and not nodes.kinds <= self._read:
+            right = _reads_right(nodes, parted)
+            self._readings += ATTEMPTS if right is False else right is None
+            if not right:
+                return None
+            self._read |= nodes.kinds
+        return nodes
 
     def _examine(self, parted: Parted, push: Push, params: Params) -> bool:
         """Whether others wrote of the graph of the outputs; refused where its derivative would be wrong."""
@@ -175,6 +207,32 @@ class ThroughOutputs(HVPStrategy):
             raise NoSecondDerivativeError(f"{self!r}: {_NO_TRANSPOSE}")
 
 
+def _reads_right(nodes: ByNodes, parted: Parted) -> bool | None:
+    """Whether what is read gives what the engine gives; None where that was zero, which tells nothing.
+
+    Each parameter is compared by itself on the way back, and moves the outputs as much as any other on
+    the way there.
+    """
+    tolerance = reordered(rounding(parted.point.values()))
+    with parted.around():
+        s = list(generic({str(i): z.detach() for i, z in enumerate(parted.outputs)}).values())
+        back = parted.pull(s)
+        sizes = {name: float(g.norm()) for name, g in back.items()}
+        if not all(sizes[name] for name in nodes.reached):
+            return None
+        v = {name: t / (sizes[name] or 1.0) for name, t in generic(parted.point).items()}
+        there = DoublePullBack(parted)
+        return agree(
+            [*nodes.pull(s).values(), *nodes.push(v)],
+            [*back.values(), *there(v)],
+            tolerance,
+            lambda: [
+                *(3 * t for t in parted.pull([t / 3 for t in s]).values()),
+                *(3 * t for t in there({name: t / 3 for name, t in v.items()})),
+            ],
+        )
+
+
 COARSE = 0.03
 """What differences may be off by."""
 
@@ -207,18 +265,24 @@ class KeptGraphs(Blockwise):
     """Graphs of the outputs, of their pull-back and of the loss, for as long as the map lives."""
 
     def __init__(self, owner: ThroughOutputs, parted: Parted) -> None:
-        super().__init__(owner, parted.point, parted.args)
+        nodes = self._nodes = owner.read(parted)
+        super().__init__(owner if nodes is None else owner.by_nodes, parted.point, parted.args)
         self._owner, self.parted = owner, parted
         self.middle = owner.middle(parted)
-        self.push = owner.pushing(parted)
+        self.push: Push = owner.pushing(parted) if nodes is None else nodes.push
+        self._pull = parted.pull if nodes is None else nodes.pull
+        if nodes is not None:
+            self.bare, self.beside = True, nodes.bytes
 
-    def _may_batch(self) -> bool:
-        return isinstance(self.push, DoublePullBack) and super()._may_batch()
+    def _together(self) -> int:
+        if self._nodes is not None:
+            return self._nodes.width()
+        return super()._together() if isinstance(self.push, DoublePullBack) else 1
 
     def _product(self, v: Params, k: int | None = None) -> Params:
         around = self.parted.around() if self.looks else nullcontext()
         with grad_enabled(), explained(self._owner), around:
-            product = self.parted.pull(self.middle(self.push(v, k), k), k)
+            product = self._pull(self.middle(self.push(v, k), k), k)
         return {name: t.detach() for name, t in product.items()}
 
 
@@ -244,7 +308,10 @@ class _Forward(LinearMap):
 
 
 class _Once(LinearMap):
-    """By dual numbers where these are known to be right, else by kept graphs."""
+    """By dual numbers where these are known to be right, else by kept graphs.
+
+    So are the graphs of ordinary layers that have been read: what dual numbers cost beside is more.
+    """
 
     def __init__(
         self, owner: ThroughOutputs, fn: ScalarFunction, params: Params, args: tuple[object, ...]
@@ -254,7 +321,8 @@ class _Once(LinearMap):
 
     def __call__(self, v: Params) -> Params:
         owner, forward = self._owner, _Forward(self._owner, self._fn, self._params, self._args)
-        if owner._attempts >= ATTEMPTS:
+        read = bool(owner._read) and getattr(self._fn, "plain", False)
+        if owner._attempts >= ATTEMPTS or read:
             return self._kept()(v)
         try:
             product = forward(v)
