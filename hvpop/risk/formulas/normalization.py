@@ -63,7 +63,7 @@ class Normalized(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, w, _, _ = inputs
+        x, w, _, ctx.eps = inputs
         _, mean, scale = output
         ctx.mark_non_differentiable(mean, scale)
         ctx.save_for_backward(x, w, mean, scale)
@@ -72,7 +72,7 @@ class Normalized(Function):
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, w, mean, scale = ctx.saved_tensors
         way = gradient if torch.is_grad_enabled() else Gradient.forward
-        return *way(g, x, w, mean, scale), None
+        return *way(g, x, w, mean, scale, ctx.eps), None
 
 
 class Gradient(Function):
@@ -82,7 +82,7 @@ class Gradient(Function):
 
     @staticmethod
     def forward(
-        g: Tensor, x: Tensor, w: Tensor, mean: Tensor, scale: Tensor
+        g: Tensor, x: Tensor, w: Tensor, mean: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         by_all: tuple[Tensor, Tensor, Tensor] = _backward(
             g, x, w.shape, mean, scale, w, w, [True, True, True]
@@ -91,7 +91,8 @@ class Gradient(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -100,7 +101,7 @@ class Gradient(Function):
     ) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         way = _torchs if torch.is_grad_enabled() else _along
-        return *way(*tensors, dx, dw, db, asked=wanted(ctx)), None, None
+        return *way(*tensors, ctx.eps, dx, dw, db, asked=wanted(ctx)), None, None, None
 
 
 def _along(
@@ -109,27 +110,31 @@ def _along(
     w: Tensor,
     mean: Tensor,
     scale: Tensor,
+    eps: float,
     *directions: Tensor | None,
     asked: Sequence[bool],
 ) -> Three:
     """The derivatives of ``<directions, gradient(g, x, w)>`` by ``g``, ``x`` and ``w``, in as few passes as it takes."""
     dx, dw, db = directions
-    normed = (x - mean) * scale
+    x, mean = (
+        x - mean,
+        torch.zeros_like(mean),
+    )  # also for products with it, in place of the normalized rows
     by_g, by_x, by_w = db, None, None
     if dw is not None:
-        by_g = dw * normed if by_g is None else torch.addcmul(by_g, dw, normed)
+        by_g = torch.native_layer_norm(x, dw.shape, dw, db, eps)[0]
         by_x = _by_rows(g, x, mean, scale, dw) if asked[1] else None
     if dx is not None:
         moved = _by_rows(dx, x, mean, scale, None)
         by_g = moved * w if by_g is None else torch.addcmul(by_g, moved, w)
         by_w = (moved * g).sum(0) if asked[2] else None
         if asked[1]:
-            slope, part = _by_rows(g, x, mean, scale, w), scale * (-1 / w.shape[0])
+            slope, part = _by_rows(g, x, mean, scale, w), scale.square() * (-1 / w.shape[0])
             by_x = moved.new_zeros(()) if by_x is None else by_x
             for rows, weight in (
-                (moved, torch.mv(g * normed, w)[:, None]),
-                (normed, (dx * slope).sum(1, True)),
-                (slope, (dx * normed).sum(1, True)),
+                (moved, torch.mv(g * x, w)[:, None]),
+                (x, (dx * slope).sum(1, True)),
+                (slope, (dx * x).sum(1, True)),
             ):
                 by_x = torch.addcmul(by_x, rows, weight * part)
     if by_g is not None:
@@ -150,12 +155,13 @@ def _torchs(
     w: Tensor,
     mean: Tensor,
     scale: Tensor,
+    eps: float,
     *directions: Tensor | None,
     asked: Sequence[bool],
 ) -> Three:
     """The same, to be differentiated further."""
     g, x, w = (t.view_as(t) for t in (g, x, w))  # the first depends on the others
-    results = Gradient.forward(g, x, w, mean, scale)
+    results = Gradient.forward(g, x, w, mean, scale, eps)
     ways = [(r, d) for r, d in zip(results, directions, strict=True) if d is not None]
     inputs = [t for t in (g, x, w) if t.requires_grad]
     found = iter(
