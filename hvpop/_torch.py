@@ -193,8 +193,9 @@ transforms = _private(
 # --- young names: what they are for, and what serves without --------------------------------------------
 
 foreach_add_ = _private("torch._foreach_add_", "to add a batch's product in one call (since 1.9)")
+foreach_add = _private("torch._foreach_add", "to begin a sum in one call (since 1.9)")
 foreach_mul_ = _private("torch._foreach_mul_", "to divide by the weights in one call (since 1.9)")
-foreach_mul = _private("torch._foreach_mul", "to begin a sum in one call (since 1.9)")
+foreach_mul = _private("torch._foreach_mul", "to weigh a batch's product in one call (since 1.9)")
 
 
 def make_fx() -> Any:

@@ -22,17 +22,24 @@ class WeightedSum:
         self._normalized = normalized
         self._first: list[Tensor] = []  # as it came: the average of a single term is that term
         self._sum: list[Tensor] = []
+        self._unit = 1.0  # what the sum is to be multiplied by, the first weight
         self._weight = 0.0
 
     def add(self, tensors: list[Tensor], weight: float) -> None:
         """Add one term; tensors may be half precision, sums are not. They are kept, not changed."""
         if any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors):
             tensors = [t.to(working_dtype(t.dtype)) for t in tensors]
-        if not self._sum and not self._first:
-            self._first = tensors
+        if self._sum:
+            _torch.foreach_add_(self._sum, tensors, alpha=weight / self._unit)
+        elif self._first:
+            if self._weight == 0.0:
+                self._first = list(_torch.foreach_mul(self._first, 0.0))
+            else:
+                self._unit = self._weight
+            self._sum = list(_torch.foreach_add(self._first, tensors, alpha=weight / self._unit))
+            self._first = []
         else:
-            self._begin()
-            _torch.foreach_add_(self._sum, tensors, alpha=weight)
+            self._first = tensors
         self._weight += weight
 
     @property
@@ -42,23 +49,22 @@ class WeightedSum:
 
     def undivided(self) -> tuple[list[Tensor], float]:
         """``sum_b w_b x_b``, as tensors and a number that they are to be multiplied by."""
-        return (self._first, self._weight) if self._first else (self._sum, 1.0)
+        return (self._first, self._weight) if self._first else (self._sum, self._unit)
 
     def result(self) -> list[Tensor]:
         """The average, or the sum if it is not normalized."""
         if self._normalized and self._weight == 0.0:
             raise ValueError("all batches have weight 0, so their average is not defined")
-        if self._normalized and self._first:
-            return self._first
-        self._begin()
+        tensors, factor = self.undivided()
         if self._normalized:
-            _torch.foreach_mul_(self._sum, 1.0 / self._weight)
-        return self._sum
-
-    def _begin(self) -> None:
-        """Turn the first term, whose weight is all there is so far, into the start of the sum."""
+            factor /= self._weight
+        if factor == 1.0:
+            return tensors
         if self._first:
-            self._sum, self._first = list(_torch.foreach_mul(self._first, self._weight)), []
+            return list(_torch.foreach_mul(tensors, factor))
+        self._unit /= factor
+        _torch.foreach_mul_(tensors, factor)
+        return tensors
 
 
 def layout_of(point: Params) -> Layout:

@@ -17,6 +17,7 @@ from ..interception import Interception, Table
 from . import canaries, policies
 from .description import Description
 from .formulas.convolutions import CONVOLUTIONS
+from .formulas.normalization import NORMALIZATION
 from .losses import BatchLoss, scalar
 from .policies import WATCHED, FunctionsWatched, TwiceDifferentiable
 from .randomness import (
@@ -275,7 +276,7 @@ class _At(Exchange):
             self._enter(without_cudnn())
         self._enter(now.inventory.holding(held, function._snapshot))
         self._enter(Ungraded(self._params.values()))  # backward passes inside others add to them
-        rewrites = (REWRITES, CONVOLUTIONS) if self._twice else ()
+        rewrites = (REWRITES, CONVOLUTIONS, NORMALIZATION) if self._twice else ()
         tables = WATCHED, function._observer.table, *rewrites
         self._tables, self._stand_ins = tables, stand_ins
         self._noted(setattr, function, "_at", function._at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hvpop.strategies import Params, ReverseOverReverse
 from hvpop.strategies.compiled import Compiled
 from hvpop.strategies.compiling import program as programs
-from hvpop.strategies.compiling.buffers import wait_for_readers
+from hvpop.strategies.compiling.buffers import fuse_additions, reuse_buffers, wait_for_readers
 
 TOLERANCE = 1e-12  # relative; a few thousand roundings of 1e-16 each
 
@@ -62,6 +63,25 @@ class Attention(nn.Module):
         return (x @ self.token.weight.T).flatten(0, 1)
 
 
+class Masked(nn.Module):
+    """Weights of a softmax and values of which some are masked; logits come as the loss takes them."""
+
+    future = torch.ones(5, 5).triu(1).bool()
+    some = torch.arange(40).reshape(5, 8) % 3 == 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.qkv = nn.Embedding(7, 8), nn.Linear(8, 24)
+        self.head = nn.Linear(8, 7, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.token(tokens)).chunk(3, -1)
+        scores = (q @ k.mT / 8**0.5).masked_fill(self.future, -math.inf)
+        x = scores.softmax(-1) @ v.masked_fill(self.some, 0)
+        x = x + (scores.masked_fill(self.future, 0).sin().masked_fill(self.future.mT, 0) @ v).tanh()
+        return self.head(x.masked_fill(x.detach() > 1, 0.5)).mT
+
+
 class Recurrent(nn.Module):
     """A cell written with in-place arithmetic on its own temporaries."""
 
@@ -92,6 +112,9 @@ def problem(name: str, batches: int = 1) -> tuple[Callable[..., Tensor], Params,
         elif name == "attention":
             model = Attention()
             data = [(torch.randint(7, (2, 5)), torch.randint(7, (10,))) for _ in range(batches)]
+        elif name == "masked":
+            model = Masked()
+            data = [(torch.randint(7, (2, 5)), torch.randint(7, (2, 5))) for _ in range(batches)]
         elif name == "recurrent":
             model = Recurrent()
             data = [(torch.randn(4, 6, 3).double(), torch.randint(3, (4,))) for _ in range(batches)]
@@ -137,7 +160,7 @@ def assert_same(result: Params, expected: Params, tolerance: float = TOLERANCE) 
         assert float((result[name] - tensor).norm()) <= tolerance * size, name
 
 
-MODELS = ["dense", "residual", "attention", "recurrent"]
+MODELS = ["dense", "residual", "attention", "masked", "recurrent"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -194,6 +217,37 @@ def test_gradients_of_kernels_are_not_made_by_convolving_over_the_batch() -> Non
     assert kernels
     # Exception: double backward goes over the groups of a grouped convolution one by one.
     assert {tuple(k[2:]) for k in kernels if k[0] > 2} <= {(3, 3), (1, 1)}
+
+
+def test_what_is_masked_before_a_softmax_is_not_masked_once_more() -> None:
+    def fn(p: Params, x: Tensor) -> Tensor:
+        scores = (p["q"] @ x / 3).masked_fill(Masked.future, -math.inf)
+        return (scores.softmax(-1) @ x.sin()).square().sum()
+
+    params = directions({"q": torch.empty(4, 5, 5, dtype=torch.float64)}, seed=0)
+    x = directions({"x": params["q"][0]}, seed=2)["x"]
+    H = Compiled(compiler=False).linearize(fn, params, x)
+    v = directions(params)
+    assert_same(H(v), ReverseOverReverse().linearize(fn, params, x)(v))
+    with Recording() as recording:
+        H(v)
+    assert "masked_fill" not in {name.rstrip("_") for name, _ in recording.seen}
+
+
+def test_residuals_lie_as_what_they_are_multiplied_with() -> None:
+    fn, params, [batch] = problem("masked")
+    H = Compiled(compiler=False).linearize(fn, params, *batch)
+    v = directions(params)
+    H(v)
+    with Recording() as recording:
+        H(v)
+    logits = [
+        [a.stride() for a in args if isinstance(a, Tensor) and a.shape == (2, 7, 5)]
+        for name, args in recording.seen
+        if name.rstrip("_") in ("mul", "addcmul", "add")
+    ]
+    assert any(logits)
+    assert all(len(set(strides)) <= 1 for strides in logits)
 
 
 def test_a_function_is_traced_once_for_batches_of_one_shape() -> None:
@@ -493,3 +547,41 @@ def test_what_is_at_hand_is_computed_where_it_is_read() -> None:
         "t.default",
     ]
     torch.testing.assert_close(traced(torch.eye(3), torch.arange(9.0).reshape(3, 3)), expected)
+
+
+def on_arange(traced: Any, *n: int) -> tuple[Tensor, ...]:
+    result: tuple[Tensor, ...] = traced(*(torch.arange(float(i * i)).reshape(i, i) for i in n))
+    return result
+
+
+def test_a_view_of_what_is_read_no_more_is_written_into() -> None:
+    def product(r: Tensor, v: Tensor) -> list[Tensor]:
+        h, late = torch.mm(r, v), torch.mm(v, r)
+        wide, early = h.reshape(2, 8), late.reshape(2, 8)
+        read = h.sin()
+        return [wide * r.reshape(2, 8), read, early * 2.0, late]
+
+    traced = make_fx(product, tracing_mode="fake")(torch.ones(4, 4), torch.ones(4, 4))
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    expected = on_arange(traced, 4, 4)
+    reuse_buffers(traced)
+    names = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+    assert names.count("aten.mul_.Tensor") == 1
+    assert names.count("aten.mul.Tensor") == 1  # what it would write into is a result, too
+    torch.testing.assert_close(on_arange(traced, 4, 4), expected)
+
+
+@pytest.mark.parametrize("alpha", [1, 0.5])
+def test_the_later_of_two_matrix_products_is_added_to_the_earlier(alpha: float) -> None:
+    def product(r: Tensor, v: Tensor) -> list[Tensor]:
+        early = torch.mm(v.sin(), r)
+        later = torch.mm(r, v.cos())
+        return [torch.add(later, early, alpha=alpha)]
+
+    traced = make_fx(product, tracing_mode="fake")(torch.ones(3, 3), torch.ones(3, 3))
+    expected = on_arange(traced, 3, 3)
+    fuse_additions(traced)
+    (product_left,) = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert product_left.args[0].target is torch.ops.aten.sin.default
+    torch.testing.assert_close(on_arange(traced, 3, 3), expected)

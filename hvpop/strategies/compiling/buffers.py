@@ -19,15 +19,18 @@ def fuse_additions(graph_module: fx.GraphModule) -> None:
         total, product = args_of(node)
         if not (isinstance(total, fx.Node) and isinstance(product, fx.Node)):
             continue  # a number
-        target: Any = product.target
-        fused = _FUSED.get(target)
-        if fused is None or len(product.users) > 1 or _like(product) != _like(node):
-            continue
         scales = dict(node.kwargs)
+        if _is_addend(total, node) and total > product:  # nodes compare by place
+            # The earlier one's operands need not be kept until then.
+            total, product = product, total
+            scales = {"beta": scales["alpha"]} if scales else {}
+        if not _is_addend(product, node):
+            continue
+        fused: Any = _FUSED[product.target]
         if total.target is aten.mul.Tensor and len(total.users) == 1:
-            whole, beta = args_of(total)
-            if isinstance(beta, float):
-                total, scales["beta"] = whole, beta
+            whole, factor = args_of(total)
+            if isinstance(factor, float):
+                total, scales["beta"] = whole, factor * scales.get("beta", 1)
         with graph.inserting_before(node):
             call = graph.call_function(fused, (total, *product.args), scales)
         call.meta = node.meta.copy()
@@ -35,6 +38,11 @@ def fuse_additions(graph_module: fx.GraphModule) -> None:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _is_addend(product: fx.Node, total: fx.Node) -> bool:
+    """Whether a matrix product is only read by a sum of its shape."""
+    return product.target in _FUSED and len(product.users) == 1 and _like(product) == _like(total)
 
 
 def wait_for_readers(graph_module: fx.GraphModule) -> None:
@@ -79,13 +87,12 @@ def reuse_buffers(graph_module: fx.GraphModule) -> None:
     Only memory made inside the graph is written to, and only where no view of it is alive.
     """
     graph = graph_module.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.target not in _IN_PLACE:
             continue
-        if node.target is aten.add.Tensor and not node.kwargs and not _expendable(node, order):
+        if node.target is aten.add.Tensor and not node.kwargs and not _expendable(node):
             node.args = node.args[::-1]
-        if _expendable(node, order):
+        if _expendable(node):
             node.target = _IN_PLACE[node.target]
     graph_module.recompile()
 
@@ -93,11 +100,10 @@ def reuse_buffers(graph_module: fx.GraphModule) -> None:
 def undo_writes(graph_module: fx.GraphModule) -> bool:
     """The inverse: plain operations for those that write into such an operand. Whether all could go."""
     graph = graph_module.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
     writes = [node for node in graph.nodes if writing(node)]
     for node in writes:
         plain = _plain_form(node.target)
-        if plain is None or not (_reshaping(node, order) or _expendable(node, order)):
+        if plain is None or not (_reshaping(node) or _expendable(node)):
             return False
         if not _unpromoted(node, plain):
             return False
@@ -118,8 +124,12 @@ def owned(node: fx.Node) -> bool:
         return _fresh(source)
     if node.target in _IN_PLACE.values() or _fresh(node):
         return True
-    is_view = node.target in (aten.permute.default, aten.reshape.default)
-    return is_view and isinstance(source, fx.Node) and len(source.users) == 1 and owned(source)
+    return (
+        node.target in _VIEWS
+        and isinstance(source, fx.Node)
+        and len(source.users) == 1
+        and owned(source)
+    )
 
 
 def _fresh(node: fx.Node) -> bool:
@@ -129,22 +139,28 @@ def _fresh(node: fx.Node) -> bool:
     return all(result.alias_info is None for result in node.target._schema.returns)
 
 
-def _expendable(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _expendable(node: fx.Node) -> bool:
     """Whether the node may write into its first operand, or had no need to."""
     operand, *others = args_of(node)
-    if not isinstance(operand, fx.Node) or not owned(operand) or _like(operand) != _like(node):
+    if not isinstance(operand, fx.Node) or _like(operand) != _like(node):
         return False
-    if operand in others:
-        return False
-    readers = [user for user in operand.users if user is not node]
-    return all(order[user] < order[node] and _fresh(user) for user in readers)
+    reader = node
+    while True:  # through the views that the operand is
+        readers = [user for user in operand.users if user is not reader]
+        if operand in others or any(user > node or not _fresh(user) for user in readers):
+            return False
+        if owned(operand):
+            return True
+        if operand.target not in _VIEWS:
+            return False
+        reader, operand = operand, args_of(operand)[0]
 
 
-def _reshaping(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _reshaping(node: fx.Node) -> bool:
     """Whether the node changes its operand's shape only (``unsqueeze_``), and for its own readers."""
     if torch.Tag.inplace_view not in node.target.tags:  # type: ignore[union-attr]
         return False
-    return all(order[user] <= order[node] for user in args_of(node)[0].users)
+    return all(user <= node for user in args_of(node)[0].users)
 
 
 def _plain_form(target: OpOverload) -> OpOverload | None:
@@ -177,7 +193,12 @@ def _like(node: fx.Node) -> tuple[Any, ...]:
     return tuple(val.shape), val.dtype, val.device
 
 
-_FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
+_VIEWS = (aten.permute.default, aten.reshape.default)
+_FUSED: dict[Any, Any] = {
+    aten.mm.default: aten.addmm.default,
+    aten.bmm.default: aten.baddbmm.default,
+}
+ELEMENTWISE = (aten.add.Tensor, aten.addcmul.default, aten.mul.Tensor)
 _IN_PLACE = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.addcmul.default: aten.addcmul_.default,

@@ -10,7 +10,20 @@ import torch
 from torch import fx
 
 from .convolutions import fewer_taps
-from .sums import Scalar, Sum, Term, Value, Writer, args_of, aten, broadcast, divided, shape_of
+from .sums import (
+    Scalar,
+    Sum,
+    Term,
+    Value,
+    Writer,
+    args_of,
+    aten,
+    broadcast,
+    divided,
+    is_zero_there,
+    shape_of,
+    size_of,
+)
 from .views import expand, permute, reshape
 
 Rule = Callable[..., Value | None]
@@ -64,15 +77,39 @@ def _chain(w: Writer, node: fx.Node, grad: Value, *rest: Any, **options: Any) ->
     )
 
 
+def _masked(w: Writer, node: fx.Node, a: Value, mask: fx.Node, value: Scalar) -> Value | None:
+    """Zeros put into a sum are zeros in its weights."""
+    like, terms = node.meta["val"], w.sum_of(a).terms
+    if value != 0 or w.varies(mask) or not _alike(node, args_of(node)[0]):
+        return None
+    if 4 * size_of(mask) > like.numel() and any(term.factor is None for term in terms):
+        return None  # ones would take more memory than the mask
+    ones = w.call(aten.ones.default, list(shape_of(mask)), dtype=like.dtype, device=like.device)
+
+    def kept(term: Term) -> Term:
+        factor = ones if term.factor is None else term.factor
+        if not is_zero_there(factor, mask):
+            factor = w.call(aten.masked_fill.Scalar, factor, mask, 0)
+        return replace(term, factor=factor)
+
+    return Sum(shape_of(node), tuple(kept(term) for term in terms))
+
+
 def _softmax_backward(
     w: Writer, node: fx.Node, grad: Value, y: fx.Node, dim: int, dtype: torch.dtype
 ) -> Value | None:
-    """``y g - y sum(y g)``."""
+    """``y g - y sum(y g)``, with a number in front of g in front of it."""
     if w.varies(y) or not _alike(node, *args_of(node)[:2]):
         return None
-    weighted = w.written(w.times(grad, y))
+    whole = w.sum_of(grad)
+    scales = {term.scale for term in whole.terms}
+    scale = scales.pop() if len(scales) == 1 else 1
+    if scale != 1:
+        whole = replace(whole, terms=tuple(replace(term, scale=1) for term in whole.terms))
+    weighted = w.written(w.times(whole, y))
     total = w.call(aten.sum.dim_IntList, weighted, [dim], True)
-    return Sum(shape_of(node), (Term(1, None, weighted), Term(-1, y, total)))
+    result = Sum(shape_of(node), (Term(1, None, weighted), Term(-1, y, total)))
+    return result if scale == 1 else w.scaled(w.written(result), scale)
 
 
 def _log_softmax_backward(
@@ -159,6 +196,8 @@ def _alike(node: fx.Node, *operands: Any) -> bool:
 
 
 def _is_zero(value: Any) -> bool:
+    while isinstance(value, fx.Node) and value.target in (*_RESHAPES, *_PERMUTES):
+        value = args_of(value)[0]
     return isinstance(value, fx.Node) and value.target in (
         aten.zeros.default,
         aten.zeros_like.default,
@@ -222,6 +261,7 @@ ELEMENTWISE: dict[Any, Rule] = {
     aten.expand.default: expand,
     aten.zeros_like.default: _zeros_like,
     aten.copy.default: _overwrite,
+    aten.masked_fill.Scalar: _masked,
     **dict.fromkeys(_COPIES, _copy),
     **dict.fromkeys(_CHAIN, _chain),
 }
@@ -229,6 +269,7 @@ ELEMENTWISE: dict[Any, Rule] = {
 
 THROUGH: dict[Any, Rule] = {
     aten.sum.dim_IntList: _sum,
+    aten._softmax_backward_data.default: _softmax_backward,
     **dict.fromkeys(_RESHAPES, reshape),
     **dict.fromkeys(_PERMUTES, permute),
 }
@@ -238,7 +279,6 @@ RULES: dict[Any, Rule] = {
     **ELEMENTWISE,
     **THROUGH,
     aten.slice.Tensor: _slice,
-    aten._softmax_backward_data.default: _softmax_backward,
     aten._log_softmax_backward_data.default: _log_softmax_backward,
     **dict.fromkeys(_LINEAR, _linear),
 }

@@ -106,7 +106,7 @@ class Writer:
         return Sum(shape, tuple(self._weighted(term, scale, factor) for term in total.terms))
 
     def _weighted(self, term: Term, scale: Scalar, factor: fx.Node) -> Term:
-        if term.factor is not None:
+        if term.factor is not None and not _is_masked(factor, term.factor):
             factor = self.call(aten.mul.Tensor, term.factor, factor)
         return Term(term.scale * scale, factor, term.atom)
 
@@ -244,6 +244,22 @@ def divided(factor: fx.Node) -> tuple[fx.Node, fx.Node | Scalar | None]:
 
 def is_ones(node: fx.Node) -> bool:
     return node.target in (aten.ones.default, aten.ones_like.default)
+
+
+def is_zero_there(factor: fx.Node, mask: fx.Node) -> bool:
+    """Whether the factor is zero where the mask is: a softmax of what has ``-inf`` there."""
+    if factor.target is not aten._softmax.default:
+        return False
+    whole = args_of(factor)[0]
+    return whole.target is aten.masked_fill.Scalar and args_of(whole)[1:] == (mask, -math.inf)
+
+
+def _is_masked(factor: fx.Node, kept: fx.Node) -> bool:
+    """Whether ones with some masked leave the factor as it is."""
+    if kept.target is not aten.masked_fill.Scalar:
+        return False
+    ones, mask, _ = args_of(kept)
+    return is_ones(ones) and is_zero_there(factor, mask)
 
 
 def _cost_of_starting_with(term: Term) -> tuple[bool, bool, bool]:

@@ -42,6 +42,8 @@ def permute(w: Writer, node: fx.Node, a: Value, *dims: Any) -> Value:
         special = None
         if order == _flipped(ndim) and read_once:
             special = _transposed_product(w, x)
+        elif x.target is aten.stack.default and read_once:
+            special = _stacked(w, x, order)
         elif order == [1, 0, *range(2, ndim)]:
             special = weight_gradient(w, x)
         return special or _permuted(w, x, order)
@@ -72,6 +74,14 @@ def _transposed_product(w: Writer, x: fx.Node) -> fx.Node | None:
         return None
     left, right = (_permuted(w, side, _flipped(len(shape_of(side)))) for side in args_of(x))
     return w.call(x.target, right, left)
+
+
+def _stacked(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
+    """A stack laid out at once as it is read, in place of one that a reshape copies."""
+    parts, *dims = args_of(x)
+    along = dims[0] % len(order) if dims else 0
+    inner = [d - (d > along) for d in order if d != along]
+    return w.call(aten.stack.default, [_permuted(w, p, inner) for p in parts], order.index(along))
 
 
 def _flipped(ndim: int) -> list[int]:
