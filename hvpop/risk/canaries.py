@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def _reentrant_runs_once() -> bool:
         return x.square()
 
     x = torch.zeros(1, requires_grad=True)
-    call: Any = checkpoint
+    call: Any = unwrap(checkpoint)  # without what imports a compiler, for a second
     with Entered(torch.enable_grad()), policies.TwiceDifferentiable():
         call(run, x, use_reentrant=True).backward()
     return len(runs) == 1
