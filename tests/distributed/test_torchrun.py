@@ -1,4 +1,4 @@
-"""Under torchrun: a process that is killed costs no digit."""
+"""Programs of many processes: one that is killed costs no digit, one that ends does so in peace."""
 
 from __future__ import annotations
 
@@ -102,3 +102,14 @@ def test_a_run_that_is_killed_again_and_again_goes_on_past_the_product_where_map
         assert [o.killed for o in outcomes] == [kill[0] == 0, kill[0] == 1]
     for found in worlds.all_of(dying.eigenvalues, 2, str(folder), how, None, dying.WARM):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_program_may_end_without_destroying_groups() -> None:
+    pairs = 8  # of which each second has groups of its own
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "-m", "tests.distributed.ending", str(pairs)]
+    program = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert program.stdout.replace("left", "").split() == 2 * pairs * ["0"], program
+    assert program.stdout.count("left") == 2 * pairs
