@@ -6,7 +6,9 @@ import atexit
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -169,6 +171,11 @@ class Team:
         """The words that a process has left at this step."""
         found: bytes = self.store.get(f"{self.steps}/{key}/{rank}")
         return found.decode()
+
+    def warn(self, category: type[Warning], text: str) -> None:
+        """Warn on rank 0; elsewhere not, unless the user's filters make errors of warnings."""
+        with warnings.catch_warnings(record=True) if self.rank else nullcontext():
+            warnings.warn(text, category, stacklevel=2)
 
     def refuse(self, rank: int, cause: BaseException | None = None) -> RemoteError:
         """The error that every process raises, in the words of the one that failed."""
