@@ -72,7 +72,7 @@ class ShardedModelHessian(LinearOperator):
     -----
     Under FSDP2 exact products come of ``with gathered(model):``, where a whole model fits. A process that
     fails within the model leaves the others in the model's own collectives, until their timeout.
-    Memory beside the model: about six times the parts held here, and the largest parameter.
+    Memory beside the model: five times the parts held here, and four times the largest parameter.
     Divisors of gradients that the user has set are put aside meanwhile.
     Central differences are taken with two steps, h and 2 h, and extrapolated (Richardson, 1911). Their
     distance tells the error: where rounding prevails that of the result is 1.2 times it, where
@@ -246,8 +246,8 @@ class ShardedModelHessian(LinearOperator):
                     (self._loss(batch) * (weight * self._averaging())).backward()
             total = self._total(total)
             return {
-                n: torch.zeros_like(p) if p.grad is None else _placed(p.grad, p) / total
-                for n, p in point.items()
+                n: torch.zeros_like(p) if p.grad is None else _placed(p.grad, p).div_(total)
+                for n, p in point.items()  # which lose them at the end
             }
 
     def _exact(self, v: Parts) -> Parts:
