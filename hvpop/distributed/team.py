@@ -239,9 +239,14 @@ class Team:
                 time.sleep(0.02)
         except RuntimeError:
             missing = {0}  # whose store it was
-        who = f"rank {', '.join(map(str, sorted(missing)))}" if missing else "a connection"
+        who = f"rank {', '.join(map(str, sorted(missing)))} of {self.size} {how}"
+        if not missing:
+            who = (
+                f"all {self.size} processes are there, and wait for different things: each has to make the same "
+                "products in the same order, in one thread, or all call A.drive(lambda A: ...)"
+            )
         return RankLost(
-            f"{who} of {self.size} {how}, as rank {self.rank} sees it; start the processes anew, as "
+            f"{who}, as rank {self.rank} sees it; start the processes anew, as "
             f"torchrun --max-restarts does. torch.distributed says: {str(error).splitlines()[0]}"
         )
 

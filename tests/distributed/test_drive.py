@@ -88,6 +88,8 @@ class Failing(nn.Module):
         if self.mine and len(CALLS) > 8:
             if self.how == "raises":
                 raise ZeroDivisionError("the dog ate this batch")
+            if self.how == "interrupted":
+                signal.raise_signal(signal.SIGINT)
             if self.how == "nan":
                 z = z * float("nan")
             if self.how == "killed":
@@ -181,6 +183,48 @@ def test_what_ends_the_solver_ends_the_others(how: str, error: str, said: str) -
         assert other.error == "RemoteError"
         assert other.message.startswith("rank 0")
         assert said in other.message
+
+
+def interrupted(team: Team, when: str) -> Any:
+    """Ctrl-C on a process that serves, within its part of a product or while it waits; then another solver."""
+    H = operator(team, Failing("interrupted" if when == "within" else "", team.rank, 1))
+    v = problems.columns(H.shape[0], 1)[:, 0]
+    if when == "idle" and team.rank == 1:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+    def products(A: Any) -> None:
+        for _ in range(8):
+            A @ v
+            time.sleep(0.1)
+
+    with pytest.raises(BaseException) as ended:  # noqa: PT011
+        H.drive(products)
+    CALLS.clear()
+    return repr(ended.value), H.drive(lambda A: float((A @ v).sum()))
+
+
+@pytest.mark.parametrize("when", ["within", "idle"])
+def test_an_interrupt_of_a_process_that_serves_ends_the_solver_on_all_and_the_next_one_runs(
+    when: str,
+) -> None:
+    first, second, third = worlds.all_of(interrupted, 3, when)
+    assert second[0] == "KeyboardInterrupt()"
+    for said, _ in (first, third):
+        assert said == "RemoteError(1, 'rank 1 of 3: KeyboardInterrupt')"
+    assert first[1] == second[1] == third[1]
+
+
+def apart(team: Team) -> None:
+    H = operator(team)
+    v = problems.columns(H.shape[0], 1)[:, 0]
+    H.drive(lambda A: A @ v) if team.rank == 0 else H @ v
+
+
+def test_processes_that_wait_for_different_things_are_told_so() -> None:
+    for outcome in worlds.run(apart, 2, data_timeout=2.0):
+        assert outcome.error == "RankLost"
+        assert "all 2 processes are there, and wait for different things" in outcome.message
 
 
 def patient(team: Team) -> float:
