@@ -76,6 +76,11 @@ def test_every_process_has_what_a_solver_on_rank_0_finds(ranks: int) -> None:
 CALLS: list[str] = []
 
 
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
 class Failing(nn.Module):
     """A loss that goes wrong on one rank, at its second product."""
 
@@ -88,6 +93,8 @@ class Failing(nn.Module):
         if self.mine and len(CALLS) > 8:
             if self.how == "raises":
                 raise ZeroDivisionError("the dog ate this batch")
+            if self.how == "speechless":
+                raise SpeechlessError
             if self.how == "interrupted":
                 signal.raise_signal(signal.SIGINT)
             if self.how == "nan":
@@ -123,6 +130,12 @@ def test_what_one_rank_raises_all_raise_alike(how: str, said: str, at: int, driv
         assert f"rank {at} of 3: {said}" in outcome.message
     assert len({o.message for o in outcomes}) == 1
     assert outcomes[at].cause.startswith(said[:10])
+
+
+def test_an_exception_that_has_no_text_is_told_by_its_class() -> None:
+    for outcome in worlds.run(failing, 2, "speechless", 1, True):
+        assert outcome.error == "RemoteError"
+        assert "rank 1 of 2: SpeechlessError: (its text cannot be had" in outcome.message
 
 
 @pytest.mark.parametrize("driven", [True, False])
