@@ -55,4 +55,3 @@ def main(output: str = "output", k: int = 5) -> np.ndarray:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:2])
-    torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter, which aborts

@@ -51,24 +51,30 @@ def _lead(team: Team, work: Callable[[], T]) -> T:
 def _serve(team: Team) -> Any:
     """Do what rank 0 says, until it has ended.
 
-    What fails here it is told of within the product; whether all is over is for its solver to say.
+    What fails here it is told of within the product, Ctrl-C too; whether all is over is for its solver to say.
     """
     made: list[Any] = []  # operators made for it are held as long as it works
     cause: BaseException | None = None
-    while True:
-        kind, *rest = team.command()
-        if kind == STOP:
-            return pickle.loads(rest[0])
-        if kind == ABORT:
-            raise RemoteError(*rest) from cause
-        number, name, args = rest
-        try:
-            made.append(getattr(team.member(number), name)(*args))
-            cause = None
-        except RankLost:
-            raise
-        except Exception as error:
-            cause = error.__cause__
+    interrupt: KeyboardInterrupt | None = None
+    with deferred():
+        while True:
+            kind, *rest = team.command()
+            if kind != CALL and interrupt is not None:
+                raise interrupt
+            if kind == STOP:
+                return pickle.loads(rest[0])
+            if kind == ABORT:
+                raise RemoteError(*rest) from cause
+            number, name, args = rest
+            try:
+                made.append(getattr(team.member(number), name)(*args))
+                cause = None
+            except RankLost:
+                raise
+            except KeyboardInterrupt as error:
+                interrupt = error
+            except Exception as error:
+                cause = error.__cause__
 
 
 def together(team: Team, number: int, name: str, *args: Any) -> None:

@@ -25,6 +25,9 @@ class RankLost(RuntimeError):  # noqa: N818 (what it says)
 
 
 def words(error: BaseException) -> str:
-    """An exception in one line."""
-    text = str(error)
+    """An exception as text that can be sent, whatever the user's class makes of it."""
+    try:
+        text = str(error).encode(errors="replace").decode()
+    except Exception as other:
+        text = f"(its text cannot be had: {type(other).__name__})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,9 +1,13 @@
-"""Ctrl-C between the collectives of a product would leave processes apart: it waits for their end."""
+"""Ctrl-C between the collectives of a product would leave processes apart: it waits for their end.
+
+Pressed again, a second later or more, it waits for nothing.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,6 +19,7 @@ class Deferred(AbstractContextManager["Deferred"]):
     def __init__(self) -> None:
         self._handler: Any = None
         self._pending = False
+        self._since = 0.0
 
     def __enter__(self) -> Deferred:
         main = threading.current_thread() is threading.main_thread()
@@ -44,21 +49,31 @@ class Deferred(AbstractContextManager["Deferred"]):
             signal.signal(signal.SIGINT, self._note)
 
     def _note(self, *args: object) -> None:
-        self._pending = True
+        if not self._pending:
+            self._pending, self._since = True, time.monotonic()
+        elif (
+            time.monotonic() - self._since >= 1.0
+        ):  # torchrun may send one that the terminal has sent
+            self._pending = False
+            raise KeyboardInterrupt
 
 
-_CURRENT: list[Deferred] = []
+class _Thread(threading.local):
+    current: Deferred | None = None
+
+
+_THREAD = _Thread()
 
 
 @contextmanager
 def deferred() -> Iterator[Deferred]:
-    """A new one, or that around."""
-    if _CURRENT:
-        yield _CURRENT[-1]
+    """A new one, or that around in this thread."""
+    if _THREAD.current is not None:
+        yield _THREAD.current
         return
     with Deferred() as one:
-        _CURRENT.append(one)
+        _THREAD.current = one
         try:
             yield one
         finally:
-            _CURRENT.pop()
+            _THREAD.current = None

@@ -41,11 +41,17 @@ class ShardedModelHessian(LinearOperator):
         Model, loss and data of this process. The loss says what it divides by, as torch's do, or
         ``average=Average(weight=...)``.
     strategy : FiniteDifference or ReverseOverReverse
-        `FiniteDifference` moves the parameters and puts them back: two gradients a product, with a
-        relative error of about 1e-9 in float64 and 1e-3 in float32. `ReverseOverReverse` is for tensor
-        parallel models that stand the comparison with it at the first product, parameter by parameter.
+        `FiniteDifference` moves the parameters and puts them back: four gradients a product, whose
+        relative error is measured. `ReverseOverReverse` is for tensor parallel models that stand the
+        comparison with it, parameter by parameter: at the first product, and after a change of settings.
     team : Team, optional
         That of `init` by default.
+
+    Attributes
+    ----------
+    error : float or None
+        Relative error of the last product, the largest of its columns, as far as differences with two
+        steps tell; None before, and of exact ones.
 
     Raises
     ------
@@ -57,12 +63,20 @@ class ShardedModelHessian(LinearOperator):
     FloatingPointError
         On all processes, for a product that is not finite.
 
+    Warns
+    -----
+    UserWarning
+        Once, on rank 0, if the error of a product is more than a hundredth.
+
     Notes
     -----
     Under FSDP2 exact products come of ``with gathered(model):``, where a whole model fits. A process that
     fails within the model leaves the others in the model's own collectives, until their timeout.
-    Memory beside the model, by count: about five times the parts held here, and the largest parameter.
+    Memory beside the model: five times the parts held here, and four times the largest parameter.
     Divisors of gradients that the user has set are put aside meanwhile.
+    Central differences are taken with two steps, h and 2 h, and extrapolated (Richardson, 1911). Their
+    distance tells the error: where rounding prevails that of the result is 1.2 times it, where
+    truncation does it is far less.
 
     Examples
     --------
@@ -137,7 +151,9 @@ class ShardedModelHessian(LinearOperator):
         n = self._layout.size
         first = next(iter(point.values()))
         super().__init__((n, n), dtype=first.dtype, device=first.device, symmetric=True)
-        self._proven = isinstance(strategy, FiniteDifference)
+        self._proven: Any = None  # the settings of the model for which exact products have been
+        self.error: float | None = None
+        self._largest = 0.0  # error so far
         self._spare: Any = None  # a batch, run for nothing where others have more
 
     @property
@@ -151,9 +167,9 @@ class ShardedModelHessian(LinearOperator):
 
     def multiply(self, V: Tensor, space: Space) -> Tensor:
         """The products with vectors as ``space`` holds them, of which one parameter's rows at a time are whole."""
-        if not self._proven:
+        if not isinstance(self.strategy, FiniteDifference):
             guarded(self._prove)
-            self._proven = True
+        self.error = None
         Y = torch.empty_like(V)
         for x, y in zip(V.T.split(1), Y.T.split(1), strict=True):
             v = {
@@ -177,26 +193,47 @@ class ShardedModelHessian(LinearOperator):
             start += p.numel()
 
     def _product(self, v: Parts) -> Parts:
-        if isinstance(self.strategy, FiniteDifference):
-            return self._difference(v)[0]
-        return self._exact(v)
+        if not isinstance(self.strategy, FiniteDifference):
+            return self._exact(v)
+        result, error = self._difference(v)
+        size = _norm(result)
+        self.error = max(self.error or 0.0, error / size if size else 0.0)
+        if self.error > _MUCH >= self._largest:
+            self.team.warn(
+                UserWarning,
+                f"{self!r}: differences of gradients with two steps are {self.error:.0%} apart, as where the "
+                "model has kinks (ReLU) or few digits; take float64, a smaller FiniteDifference(step=...), or "
+                "a whole copy of the model; `error` says how far products are off",
+            )
+        self._largest = max(self._largest, self.error)
+        return result
 
-    def _difference(self, v: Parts) -> tuple[Parts, Parts, float]:
-        """The product, a gradient, and the step between: the quotient of the last two rounds."""
+    def _difference(self, v: Parts) -> tuple[Parts, float]:
+        """The product, and by how much it may be off."""
         point = self.risk.parameters()
         length = _norm(v)
         if length == 0:
-            nothing = {name: torch.zeros_like(p) for name, p in point.items()}
-            return nothing, nothing, 1.0
+            return {name: torch.zeros_like(p) for name, p in point.items()}, 0.0
         step: float = getattr(self.strategy, "step", None) or rounding(point.values()) ** (1 / 3)
         h = step * max(_norm(point), 1.0) / length
         moved = _Moved(point)
         with moved, _Trained(self._fsdp):
-            moved.by(v, h)
-            ahead = self._gradient(point)
-            moved.by(v, -h)
-            behind = self._gradient(point)
-        return {name: (ahead[name] - behind[name]) / (2 * h) for name in point}, ahead, h
+            near, far = (self._quotient(moved, v, t) for t in (h, 2 * h))
+        apart = {name: near[name] - t for name, t in far.items()}
+        del far
+        for name, t in near.items():
+            t += apart[name] / 3
+        return near, _UNSURE * _norm(apart)
+
+    def _quotient(self, moved: _Moved, v: Parts, h: float) -> Parts:
+        point = self.risk.parameters()
+        moved.by(v, h)
+        ahead = self._gradient(point)
+        moved.by(v, -h)
+        for name, t in self._gradient(point).items():
+            ahead[name] -= t
+            ahead[name] /= 2 * h
+        return ahead
 
     def _gradient(self, point: Parts) -> Parts:
         """That of the average over the batches of all processes, by ``backward()``."""
@@ -209,8 +246,8 @@ class ShardedModelHessian(LinearOperator):
                     (self._loss(batch) * (weight * self._averaging())).backward()
             total = self._total(total)
             return {
-                n: torch.zeros_like(p) if p.grad is None else _placed(p.grad, p) / total
-                for n, p in point.items()
+                n: torch.zeros_like(p) if p.grad is None else _placed(p.grad, p).div_(total)
+                for n, p in point.items()  # which lose them at the end
             }
 
     def _exact(self, v: Parts) -> Parts:
@@ -303,6 +340,9 @@ class ShardedModelHessian(LinearOperator):
 
     def _prove(self) -> None:
         """Refuse exact products that differences of gradients do not bear out, by the parameter."""
+        settings = self.risk.function.now.settings()
+        if not any(self.team.everyone(settings != self._proven)):
+            return
         point = self.risk.parameters()
         generator = torch.Generator().manual_seed(0)
         u, v = (
@@ -314,9 +354,8 @@ class ShardedModelHessian(LinearOperator):
         )
         said = "use FiniteDifference(), or a whole copy of the model"
         Hu, Hv = self._exact(u), self._exact(v)
-        expected, gradient, h = self._difference(v)
-        eps = rounding(point.values())
-        tolerance, noise = eps ** (1 / 3), eps * _norm(gradient) / h
+        expected, noise = self._difference(v)
+        tolerance = rounding(point.values()) ** (1 / 3)
         for name in point:
             off, size = _norm({name: Hv[name] - expected[name]}), _norm({name: expected[name]})
             if not off <= tolerance * size + noise:
@@ -329,9 +368,25 @@ class ShardedModelHessian(LinearOperator):
             raise TypeError(
                 f"{self!r}: u'Hv = {forms[0]:g} and v'Hu = {forms[1]:g}, which is no Hessian; {said}"
             )
+        self._proven = settings
+
+    def report(self) -> str:
+        """How products are made, and what error they have."""
+        error = "exact, compared with differences of gradients once"
+        if isinstance(self.strategy, FiniteDifference):
+            last = "not measured yet" if self.error is None else f"{self.error:.1e}"
+            error = f"relative error {last}, at most {self._largest:.1e} so far"
+        return f"{self.strategy!r} of a model in {self.team.size} parts: {error}"
 
     def _label(self) -> str:
         return f"{type(self).__name__}[{self.strategy!r}, {self.team.size}]"
+
+
+_MUCH = 0.01
+"""Of a product: an error of which there is a warning, once."""
+
+_UNSURE = sqrt(65 / 45)
+"""Error of ``a + (a - b) / 3`` against ``a - b`` where both have rounding errors of their own, b's half as large."""
 
 
 class _Moved(Exchange):

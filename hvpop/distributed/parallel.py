@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import warnings
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -297,7 +297,7 @@ class DataParallel(LinearOperator):
             raise RemoteError(
                 0, f"{said}, and a {average!r} is then {W} times what it should be; {todo}"
             )
-        self._say(UserWarning, f"{said}: right, at {W} times the work; {todo}")
+        self.team.warn(UserWarning, f"{said}: right, at {W} times the work; {todo}")
 
     def _warn(self, said: list[tuple[str, str]]) -> None:
         """Warnings of any process, once, on rank 0."""
@@ -309,12 +309,7 @@ class DataParallel(LinearOperator):
             self._heard.add(text)
             kind = getattr(builtins, category, UserWarning)
             where = f"rank {on[0]}" if len(on) == 1 else f"{len(on)}"
-            self._say(kind, f"{text} (on {where} of {self.team.size} processes)")
-
-    def _say(self, category: type[Warning], text: str) -> None:
-        """Warn on rank 0; elsewhere not, unless the user's filters make errors of warnings."""
-        with warnings.catch_warnings(record=True) if self.team.rank else nullcontext():
-            warnings.warn(text, category, stacklevel=2)
+            self.team.warn(kind, f"{text} (on {where} of {self.team.size} processes)")
 
     # -- the rest of a matrix over data -----------------------------------------------------------
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.distributed as _dist
@@ -67,7 +70,14 @@ class Team:
         self.leading = False  # whether this process drives the others, now
         self._members: WeakValueDictionary[int, Any] = WeakValueDictionary()
         self._count = 0
+        self._world = ref(dist.group.WORLD)
+        self._waits = 0  # that are not over: one that is interrupted goes on in its thread
         self.lost: RankLost | None = None
+
+    @property
+    def current(self) -> bool:
+        """Whether torch.distributed is still what it was when the team was made."""
+        return dist.is_initialized() and self._world() is dist.group.WORLD
 
     @property
     def per_node(self) -> int:
@@ -162,6 +172,11 @@ class Team:
         found: bytes = self.store.get(f"{self.steps}/{key}/{rank}")
         return found.decode()
 
+    def warn(self, category: type[Warning], text: str) -> None:
+        """Warn on rank 0; elsewhere not, unless the user's filters make errors of warnings."""
+        with warnings.catch_warnings(record=True) if self.rank else nullcontext():
+            warnings.warn(text, category, stacklevel=2)
+
     def refuse(self, rank: int, cause: BaseException | None = None) -> RemoteError:
         """The error that every process raises, in the words of the one that failed."""
         error = RemoteError(rank, f"rank {rank} of {self.size}: {self.said('error', rank)}")
@@ -174,9 +189,11 @@ class Team:
         if self.lost is not None:
             raise self.lost
         start = time.perf_counter()
+        self._waits += 1
         try:
             handle = send(*what, group=group, async_op=True)
             self._until_done(handle)
+            self._waits -= 1
         except RuntimeError as error:
             limit = self.timeout if group is self.data else torch.inf
             self.lost = self._named(error, late=time.perf_counter() - start >= 0.9 * limit)
@@ -194,6 +211,19 @@ class Team:
                 if handle.is_completed() or self.store.check(["why"]):
                     raise
 
+    def leave(self, world: bool) -> None:
+        """Destroy the groups that were made for the team, at the end of a program; all if the world was, too.
+
+        A thread of theirs that lets go of a tensor while the interpreter ends would abort it. If one still waits
+        they are left alone: destroying them waits for it.
+        """
+        if self.current and not self._waits:
+            for group in (None,) if world else (self.data, self.control):
+                dist.destroy_process_group(group)
+            self.data = self.control = (
+                None  # older releases of torch end threads with the last reference
+            )
+
     def _named(self, error: RuntimeError, late: bool) -> RankLost:
         """Who does not answer, by what the survivors leave in the store; it may be gone, too."""
         missing = set(range(self.size))
@@ -209,9 +239,14 @@ class Team:
                 time.sleep(0.02)
         except RuntimeError:
             missing = {0}  # whose store it was
-        who = f"rank {', '.join(map(str, sorted(missing)))}" if missing else "a connection"
+        who = f"rank {', '.join(map(str, sorted(missing)))} of {self.size} {how}"
+        if not missing:
+            who = (
+                f"all {self.size} processes are there, and wait for different things: each has to make the same "
+                "products in the same order, in one thread, or all call A.drive(lambda A: ...)"
+            )
         return RankLost(
-            f"{who} of {self.size} {how}, as rank {self.rank} sees it; start the processes anew, as "
+            f"{who}, as rank {self.rank} sees it; start the processes anew, as "
             f"torchrun --max-restarts does. torch.distributed says: {str(error).splitlines()[0]}"
         )
 
@@ -225,6 +260,7 @@ def init(*, timeout: float = TIMEOUT) -> Team:
     Every process calls it. What torch.distributed is already initialized for is used as it is; else it
     is initialized here, with NCCL for GPUs and gloo for the host, and a store of its own for each
     attempt: a restart by ``torchrun --max-restarts`` finds none of the keys of the attempt before.
+    What was made here is destroyed at the end of the program.
 
     Parameters
     ----------
@@ -253,7 +289,7 @@ def init(*, timeout: float = TIMEOUT) -> Team:
             "hvpop.distributed expects a torch with torch.distributed, which this build "
             f"({torch.__version__}) has not; install another build, or work on one process without it"
         )
-    if _CURRENT and dist.is_initialized():
+    if _CURRENT and _CURRENT[0].current:
         return _CURRENT[0]
     _CURRENT.clear()
     ours = not dist.is_initialized()
@@ -264,8 +300,11 @@ def init(*, timeout: float = TIMEOUT) -> Team:
     if dist.get_world_size() > 1:
         data = dist.new_group(timeout=timedelta(seconds=timeout))
         control = dist.new_group(backend="gloo", timeout=_IDLE)
-    _CURRENT.append(Team(store, timeout, data, control))
-    return _CURRENT[0]
+    team = Team(store, timeout, data, control)
+    _CURRENT.append(team)
+    if team.size > 1:
+        atexit.register(team.leave, ours)
+    return team
 
 
 def _initialize(timeout: float) -> None:

@@ -41,7 +41,9 @@ class Dying(DataParallel):
         return super()._product(V, at)
 
 
-def eigenvalues(team: Team, folder: str, how: str, kill: tuple[int, int] | None) -> np.ndarray:
+def eigenvalues(
+    team: Team, folder: str, how: str, kill: tuple[int, int] | None, warm: int = 0
+) -> np.ndarray:
     """Four, by a leader or by all with vectors in parts; rank ``kill[0]`` dies after ``kill[1]`` products."""
     checkpoint._PAUSE, checkpoint._SHARE = 0.0, 1e9  # a save after every step
     Dying.left = -1
@@ -49,8 +51,8 @@ def eigenvalues(team: Team, folder: str, how: str, kill: tuple[int, int] | None)
     model = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 3)).double()
     data = problems.held("ragged", team.rank, team.size)
     H: Any = Dying(HessianOperator(model, nn.CrossEntropyLoss(), data)).linearize(memory="64MiB")
-    if not list(Path(folder).iterdir()):
-        V = problems.columns(H.shape[0], WARM // 8)
+    if warm and not list(Path(folder).iterdir()):
+        V = problems.columns(H.shape[0], warm // 8)
         for _ in range(8):
             H @ V
     if kill is not None and kill[0] == team.rank:
@@ -61,6 +63,7 @@ def eigenvalues(team: Team, folder: str, how: str, kill: tuple[int, int] | None)
     else:
         found = eigsh(Sharded(H), 4, **saved)
     assert found.status == "converged"
+    assert (", traced" in H.report()) == bool(warm)
     values: np.ndarray = found.eigenvalues.numpy()
     return values
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hvpop.distributed import init
+from hvpop.distributed.errors import words
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
     except BaseException as error:
         cause = error.__cause__
         outcome |= {"error": type(error).__name__, "message": str(error)}
-        outcome["cause"] = "" if cause is None else f"{type(cause).__name__}: {cause}"
+        outcome["cause"] = "" if cause is None else words(cause)
         if os.environ.get("HVPOP_TRACEBACK"):
             traceback.print_exc()
     end.send_bytes(pickle.dumps(outcome))

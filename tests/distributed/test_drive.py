@@ -76,6 +76,11 @@ def test_every_process_has_what_a_solver_on_rank_0_finds(ranks: int) -> None:
 CALLS: list[str] = []
 
 
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
 class Failing(nn.Module):
     """A loss that goes wrong on one rank, at its second product."""
 
@@ -88,12 +93,16 @@ class Failing(nn.Module):
         if self.mine and len(CALLS) > 8:
             if self.how == "raises":
                 raise ZeroDivisionError("the dog ate this batch")
+            if self.how == "speechless":
+                raise SpeechlessError
+            if self.how == "interrupted":
+                signal.raise_signal(signal.SIGINT)
             if self.how == "nan":
                 z = z * float("nan")
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "hangs":
-                time.sleep(7.0)
+                time.sleep(6.0)
                 os._exit(0)
         return nn.functional.cross_entropy(z, y)
 
@@ -123,6 +132,12 @@ def test_what_one_rank_raises_all_raise_alike(how: str, said: str, at: int, driv
     assert outcomes[at].cause.startswith(said[:10])
 
 
+def test_an_exception_that_has_no_text_is_told_by_its_class() -> None:
+    for outcome in worlds.run(failing, 2, "speechless", 1, True):
+        assert outcome.error == "RemoteError"
+        assert "rank 1 of 2: SpeechlessError: (its text cannot be had" in outcome.message
+
+
 @pytest.mark.parametrize("driven", [True, False])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_rank_that_is_killed_is_named_by_the_others(at: int, driven: bool) -> None:
@@ -136,13 +151,13 @@ def test_a_rank_that_is_killed_is_named_by_the_others(at: int, driven: bool) -> 
             assert outcome.seconds < 30
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_rank_that_hangs_is_named_at_the_timeout(at: int) -> None:
-    outcomes = worlds.run(failing, 3, "hangs", at, True, data_timeout=4.0)
+@pytest.mark.parametrize(("at", "driven"), [(0, True), (1, True), (1, False)])
+def test_a_rank_that_hangs_is_named_at_the_timeout(at: int, driven: bool) -> None:
+    outcomes = worlds.run(failing, 3, "hangs", at, driven, data_timeout=3.0)
     for outcome in outcomes:
         if outcome.rank != at:
             assert outcome.error == "RankLost"
-            assert f"rank {at} of 3 has not answered within 4 s" in outcome.message
+            assert f"rank {at} of 3 has not answered within 3 s" in outcome.message
 
 
 def solver_fails(team: Team, how: str) -> None:
@@ -181,6 +196,48 @@ def test_what_ends_the_solver_ends_the_others(how: str, error: str, said: str) -
         assert other.error == "RemoteError"
         assert other.message.startswith("rank 0")
         assert said in other.message
+
+
+def interrupted(team: Team, when: str) -> Any:
+    """Ctrl-C on a process that serves, within its part of a product or while it waits; then another solver."""
+    H = operator(team, Failing("interrupted" if when == "within" else "", team.rank, 1))
+    v = problems.columns(H.shape[0], 1)[:, 0]
+    if when == "idle" and team.rank == 1:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+    def products(A: Any) -> None:
+        for _ in range(8):
+            A @ v
+            time.sleep(0.1)
+
+    with pytest.raises(BaseException) as ended:  # noqa: PT011
+        H.drive(products)
+    CALLS.clear()
+    return repr(ended.value), H.drive(lambda A: float((A @ v).sum()))
+
+
+@pytest.mark.parametrize("when", ["within", "idle"])
+def test_an_interrupt_of_a_process_that_serves_ends_the_solver_on_all_and_the_next_one_runs(
+    when: str,
+) -> None:
+    first, second, third = worlds.all_of(interrupted, 3, when)
+    assert second[0] == "KeyboardInterrupt()"
+    for said, _ in (first, third):
+        assert said == "RemoteError(1, 'rank 1 of 3: KeyboardInterrupt')"
+    assert first[1] == second[1] == third[1]
+
+
+def apart(team: Team) -> None:
+    H = operator(team)
+    v = problems.columns(H.shape[0], 1)[:, 0]
+    H.drive(lambda A: A @ v) if team.rank == 0 else H @ v
+
+
+def test_processes_that_wait_for_different_things_are_told_so() -> None:
+    for outcome in worlds.run(apart, 2, data_timeout=2.0):
+        assert outcome.error == "RankLost"
+        assert "all 2 processes are there, and wait for different things" in outcome.message
 
 
 def patient(team: Team) -> float:

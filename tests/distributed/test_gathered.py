@@ -38,8 +38,8 @@ def batches(kind: str) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def sharded(kind: str) -> Any:
-    model = network(kind)
+def sharded(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    model = network(kind).to(dtype)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for part in list(model):  # type: ignore[arg-type]
         if list(part.parameters()):

@@ -22,13 +22,14 @@ N = 301  # which two processes do not divide
 
 
 def operators(team: Team) -> tuple[Any, Any, torch.Tensor]:
-    """A positive definite one, an indefinite one, and right-hand sides in parts."""
+    """A positive definite one, an indefinite one that is far from singular, and right-hand sides in parts."""
     generator = torch.Generator().manual_seed(0)
     d = torch.linspace(0.5, 2, N, dtype=torch.float64)
     U = torch.randn(N, 6, dtype=torch.float64, generator=generator)
     S = Sharded(Diagonal(d) + LowRank(U, torch.arange(1.0, 7.0, dtype=torch.float64)), team)
     V = torch.randn(N, 3, dtype=torch.float64, generator=generator)
-    return S, S + (-1.0) * Identity.like(S), S.space.own(V)
+    # but for six eigenvalues of hundreds between -2 and -1/2
+    return S, S + (-2.5) * Identity.like(S), S.space.own(V)
 
 
 def found(team: Team) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Under torchrun: a process that is killed costs no digit."""
+"""Programs of many processes: one that is killed costs no digit, one that ends does so in peace."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_the_example_gives_the_eigenvalues_of_one_process_on_two_after_a_kill(
     np.testing.assert_allclose(np.load(tmp_path / "killed" / "eigenvalues.npy"), alone, rtol=1e-9)
 
 
-def undisturbed(folder: Path, how: str) -> np.ndarray:
+def undisturbed(folder: Path, how: str, warm: int = 0) -> np.ndarray:
     folder.mkdir()
-    first, other = worlds.all_of(dying.eigenvalues, 2, str(folder), how, None)
+    first, other = worlds.all_of(dying.eigenvalues, 2, str(folder), how, None, warm)
     np.testing.assert_array_equal(first, other)
     return np.asarray(first)
 
@@ -95,10 +95,21 @@ def test_processes_killed_at_random_products_find_the_bits_of_an_undisturbed_run
 def test_a_run_that_is_killed_again_and_again_goes_on_past_the_product_where_maps_are_traced(
     how: str, tmp_path: Path
 ) -> None:
-    expected = undisturbed(tmp_path / "alone", how)
+    expected = undisturbed(tmp_path / "alone", how, dying.WARM)
     (folder := tmp_path / "killed").mkdir()
     for kill in ((0, 5), (1, 17), (1, 3)):  # the second just before, the third after it
-        outcomes = worlds.run(dying.eigenvalues, 2, str(folder), how, kill)
+        outcomes = worlds.run(dying.eigenvalues, 2, str(folder), how, kill, dying.WARM)
         assert [o.killed for o in outcomes] == [kill[0] == 0, kill[0] == 1]
-    for found in worlds.all_of(dying.eigenvalues, 2, str(folder), how, None):
+    for found in worlds.all_of(dying.eigenvalues, 2, str(folder), how, None, dying.WARM):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_program_may_end_without_destroying_groups() -> None:
+    pairs = 8  # of which each second has groups of its own
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "-m", "tests.distributed.ending", str(pairs)]
+    program = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert program.stdout.replace("left", "").split() == 2 * pairs * ["0"], program
+    assert program.stdout.count("left") == 2 * pairs
