@@ -51,13 +51,18 @@ class ByNodes:
         return {place for place in places if isinstance(place, str)}
 
     @property
+    def alone(self) -> bool:
+        """Whether columns go one by one, and there is something that a trace can simplify."""
+        return any(node.alone for node, _ in self._steps)
+
+    @property
     def bytes(self) -> int:
         """What is kept beside the graph."""
         return sum(node.bytes for node, _ in self._steps)
 
     def width(self) -> int:
         """How many columns to take at once."""
-        if any(node.alone for node, _ in self._steps):
+        if self.alone:
             return 1
         return max(1, min(BLOCK, BLOCK_NUMEL // self._largest))
 

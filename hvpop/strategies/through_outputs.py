@@ -272,7 +272,7 @@ class KeptGraphs(Blockwise):
         self.push: Push = owner.pushing(parted) if nodes is None else nodes.push
         self._pull = parted.pull if nodes is None else nodes.pull
         if nodes is not None:
-            self.bare, self.beside = True, nodes.bytes
+            self.bare, self.beside = not nodes.alone, nodes.bytes
 
     def _together(self) -> int:
         if self._nodes is not None:
