@@ -270,7 +270,6 @@ class GroupNorm(Node):
         weight = node._saved_weight
         self._w = None if weight is None else weight.detach()
         self._sizes = [int(getattr(node, f"_saved_{name}")) for name in ("N", "C", "HxW", "group")]
-        self._eps = float(node._saved_eps)
         self._channels = (-1, *[1] * (self._x.dim() - 2))
 
     def push(self, tangents: Maybe, k: int | None) -> Tensor:
@@ -281,15 +280,17 @@ class GroupNorm(Node):
             if self._w is not None:
                 made = made.mul_(self._w.view(self._channels))
         if dw is not None:
-            normalized = torch.ops.aten.native_group_norm(
-                self._x, None, None, *self._sizes, self._eps
-            )[0]
-            made = made.addcmul_(normalized, dw.view(self._channels))
+            made = made.addcmul_(self._normalized(), dw.view(self._channels))
         return made if db is None else made.add_(db.view(self._channels))
 
     def pull(self, s: Tensor, k: int | None) -> Maybe:
         found: Maybe = self._back(s, self._w, self._wanted)
         return found
+
+    def _normalized(self) -> Tensor:
+        groups = self._x.view(*self._mean.shape, -1)
+        made = (groups - self._mean[..., None]).mul_(self._scale[..., None])
+        return made.view_as(self._x)
 
     def _back(self, s: Tensor, w: Tensor | None, wanted: list[bool]) -> Any:
         return torch.ops.aten.native_group_norm_backward(
