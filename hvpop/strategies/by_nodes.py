@@ -28,14 +28,21 @@ class ByNodes:
     and nothing is between them but those products. The engine needs a second graph for ``J v``, and
     for k columns batching rules, which each op has in a layout of its own, or as a loop.
 
+    Parameters
+    ----------
+    outputs, point
+        Of a function, with the graph between them.
+    once
+        Whether it is for a single product, for which nothing is to be made ready.
+
     Raises
     ------
     UnreadableError
         At a node that is not known, or not in this form.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], point: Params) -> None:
-        self._point, self._outputs = point, outputs
+    def __init__(self, outputs: Sequence[Tensor], point: Params, *, once: bool = False) -> None:
+        self._point, self._outputs, self._once = point, outputs, once
         self._slots = {id(p): name for name, p in point.items()}
         self._places: dict[Any, int | str | None] = {}  # of what each node gives; None: a constant
         self._steps: list[tuple[Node, list[int | str | None]]] = []
@@ -51,13 +58,18 @@ class ByNodes:
         return {place for place in places if isinstance(place, str)}
 
     @property
+    def alone(self) -> bool:
+        """Whether columns go one by one, and there is something that a trace can simplify."""
+        return any(node.alone for node, _ in self._steps)
+
+    @property
     def bytes(self) -> int:
         """What is kept beside the graph."""
         return sum(node.bytes for node, _ in self._steps)
 
     def width(self) -> int:
         """How many columns to take at once."""
-        if any(node.alone for node, _ in self._steps):
+        if self.alone:
             return 1
         return max(1, min(BLOCK, BLOCK_NUMEL // self._largest))
 
@@ -149,6 +161,7 @@ class ByNodes:
         try:
             made = kind(node, [place is not None for place in places])
             self._largest = max(self._largest, prod(shape_of(node)))
+            made.once = self._once
         except (AttributeError, RuntimeError) as error:  # another version; written to since
             raise UnreadableError(node.name()) from error
         self.kinds.add(node.name())

@@ -122,7 +122,7 @@ class _Reading:
 
     @cached_property
     def nodes(self) -> ByNodes | None:
-        return self._owner.read(self._parted)
+        return self._owner.read(self._parted, once=not self._owner.keeps)
 
 
 class _Push(Blockwise):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -25,6 +26,9 @@ class Node(ABC):
 
     alone = False
     """Whether it takes one vector only (k is None)."""
+
+    once = False
+    """Whether it serves one product, and what only many gain by is not to be made."""
 
     bytes = 0
     """What it keeps that the graph does not."""
@@ -105,19 +109,33 @@ class Entries(Node):
     gives_fresh = gives_fresh_back = True
 
     def __init__(self, node: Any, wanted: list[bool]) -> None:
-        meta = node._input_metadata[0]
+        self._node = node
+        self.bytes = prod(shape_of(node)) * node._input_metadata[0].dtype.itemsize
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """What entries are multiplied by."""
+        meta = self._node._input_metadata[0]
         one = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-        with torch.no_grad():
-            self._slope: Tensor = node(one).detach()
-        self.bytes = self._slope.nbytes
+        return self._passed(one)
 
     def push(self, tangents: Maybe, k: int | None) -> Tensor:
         (t,) = tangents
         assert t is not None
-        return t.mul_(self._slope) if self.overwrites_tangent else t * self._slope
+        return self._times(t, k, self.overwrites_tangent)
 
     def pull(self, s: Tensor, k: int | None) -> Maybe:
-        return (s.mul_(self._slope) if self.overwrites_cotangent else s * self._slope,)
+        return (self._times(s, k, self.overwrites_cotangent),)
+
+    def _times(self, t: Tensor, k: int | None, over: bool) -> Tensor:
+        if self.once and k is None:
+            return self._passed(t)
+        return t.mul_(self.slope) if over else t * self.slope
+
+    def _passed(self, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = self._node(t)
+        return found.detach()
 
 
 class View(Node):
@@ -252,7 +270,6 @@ class GroupNorm(Node):
         weight = node._saved_weight
         self._w = None if weight is None else weight.detach()
         self._sizes = [int(getattr(node, f"_saved_{name}")) for name in ("N", "C", "HxW", "group")]
-        self._eps = float(node._saved_eps)
         self._channels = (-1, *[1] * (self._x.dim() - 2))
 
     def push(self, tangents: Maybe, k: int | None) -> Tensor:
@@ -263,15 +280,17 @@ class GroupNorm(Node):
             if self._w is not None:
                 made = made.mul_(self._w.view(self._channels))
         if dw is not None:
-            normalized = torch.ops.aten.native_group_norm(
-                self._x, None, None, *self._sizes, self._eps
-            )[0]
-            made = made.addcmul_(normalized, dw.view(self._channels))
+            made = made.addcmul_(self._normalized(), dw.view(self._channels))
         return made if db is None else made.add_(db.view(self._channels))
 
     def pull(self, s: Tensor, k: int | None) -> Maybe:
         found: Maybe = self._back(s, self._w, self._wanted)
         return found
+
+    def _normalized(self) -> Tensor:
+        groups = self._x.view(*self._mean.shape, -1)
+        made = (groups - self._mean[..., None]).mul_(self._scale[..., None])
+        return made.view_as(self._x)
 
     def _back(self, s: Tensor, w: Tensor | None, wanted: list[bool]) -> Any:
         return torch.ops.aten.native_group_norm_backward(

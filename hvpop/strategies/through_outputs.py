@@ -131,18 +131,20 @@ class ThroughOutputs(HVPStrategy):
             self._pushed, self._attempts = NOTHING, 0
             self._read, self._readings, self.by_nodes = frozenset(), 0, Batched()
 
-    def read(self, parted: Parted) -> ByNodes | None:
+    def read(self, parted: Parted, *, once: bool = False) -> ByNodes | None:
         """The outputs' graph node by node, of known ops that have been seen to be right so."""
         self._begin(parted.fn)
-        if not self._tested or type(self.strategy) is not ReverseOverReverse:
+        if type(self.strategy) is not ReverseOverReverse or not self._tested:
+            return None
+        if self._readings >= ATTEMPTS:
             return None
         if any(authored(parted.fn, z) for z in parted.outputs):
             return None  # custom Functions, and hooks
         try:
-            nodes = ByNodes(parted.outputs, parted.point) if self._readings < ATTEMPTS else None
+            nodes = ByNodes(parted.outputs, parted.point, once=once)
         except UnreadableError:
             return None
-        if nodes is not None and not nodes.kinds <= self._read:
+        if not nodes.kinds <= self._read:
             right = _reads_right(nodes, parted)
             self._readings += ATTEMPTS if right is False else right is None
             if not right:
@@ -272,7 +274,7 @@ class KeptGraphs(Blockwise):
         self.push: Push = owner.pushing(parted) if nodes is None else nodes.push
         self._pull = parted.pull if nodes is None else nodes.pull
         if nodes is not None:
-            self.bare, self.beside = True, nodes.bytes
+            self.bare, self.beside = not nodes.alone, nodes.bytes
 
     def _together(self) -> int:
         if self._nodes is not None:

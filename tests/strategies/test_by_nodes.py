@@ -159,6 +159,11 @@ def test_what_is_read_is_the_jacobian_and_its_transpose(name: str, shape: str) -
             torch.testing.assert_close(there.flatten(), J @ V[i], **near)
             back = flat(read.pull([S[i].clone()]), 1)[0]
             torch.testing.assert_close(back, S[i].flatten() @ J, **near)
+            once = ByNodes([z], point, once=True)
+            (there,) = once.push({name: t[i] for name, t in columns.items()})
+            torch.testing.assert_close(there.flatten(), J @ V[i], **near)
+            back = flat(once.pull([S[i].clone()]), 1)[0]
+            torch.testing.assert_close(back, S[i].flatten() @ J, **near)
         if read.width() > 1:
             (there,) = read.push(columns, k)
             torch.testing.assert_close(there.reshape(k, -1), V @ J.T, **near)
@@ -230,8 +235,8 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     read: list[bool] = []
     original = through_outputs.ThroughOutputs.read
 
-    def watched(self: Any, parted: Any) -> Any:
-        found = original(self, parted)
+    def watched(self: Any, parted: Any, **how: Any) -> Any:
+        found = original(self, parted, **how)
         read.append(found is not None)
         return found
 
@@ -268,9 +273,8 @@ def test_a_model_with_a_hook_is_not_read(monkeypatch: pytest.MonkeyPatch) -> Non
 class _Wrong(nodes.Entries):
     """Off by a thousandth."""
 
-    def __init__(self, node: Any, wanted: list[bool]) -> None:
-        super().__init__(node, wanted)
-        self._slope = 1.001 * self._slope
+    def _passed(self, t: Tensor) -> Tensor:
+        return 1.001 * super()._passed(t)
 
 
 class _WrongInOneWeight(nodes.Product):
