@@ -284,6 +284,18 @@ def default_store() -> Any:
     return _private(name, "to let processes leave words for each other")()
 
 
+def host_threads_of(group: Any) -> Any:
+    """What holds a process group's threads on the host; None if it has none, or in another release.
+
+    Whoever lets go of it last waits for them, without the lock of the interpreter, which they may be
+    waiting for; a group that did so itself would keep the lock in torch 2.6.
+    """
+    try:
+        return group._get_backend(torch.device("cpu"))
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def _is_a(thing: Any, name: str) -> bool:
     """Whether it is of a class of torch.distributed, which takes seconds to import."""
     return any(

@@ -218,11 +218,13 @@ class Team:
         they are left alone: destroying them waits for it.
         """
         if self.current and not self._waits:
+            threads = [
+                _torch.host_threads_of(g) for g in (dist.group.WORLD, self.data, self.control)
+            ]
             for group in (None,) if world else (self.data, self.control):
                 dist.destroy_process_group(group)
-            self.data = self.control = (
-                None  # older releases of torch end threads with the last reference
-            )
+            self.data = self.control = group = None
+            del threads  # the last of them, after the groups
 
     def _named(self, error: RuntimeError, late: bool) -> RankLost:
         """Who does not answer, by what the survivors leave in the store; it may be gone, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
 import sys
 from datetime import timedelta
@@ -42,6 +43,7 @@ def main(pairs: int) -> None:
         for rank in (0, 1):
             child = os.fork()
             if not child:
+                signal.alarm(100)  # one that does not end is killed
                 member(whose, rank, port)
                 return
             children.append(child)
