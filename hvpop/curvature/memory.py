@@ -141,7 +141,7 @@ def map_bytes(linear: LinearMap, known: Iterable[Tensor]) -> int | None:
 
 
 def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """The memory that the autograd graph made by ``build()`` keeps beyond ``known`` tensors.
+    """The memory that what ``build()`` makes keeps beyond ``known`` tensors, in a graph and beside it.
 
     For graphs that do not show it once they are there.
     """
@@ -152,10 +152,10 @@ def graph_bytes(build: Callable[[], object], known: Iterable[Tensor]) -> int:
             saved.update(_storages([tensor]))
 
     with SavedTensors(look):
-        build()
+        beside: int = getattr(build(), "beside", 0)
     for address in _storages(known):
         saved.pop(address, None)
-    return sum(saved.values())
+    return sum(saved.values()) + beside
 
 
 def graph_rounding(build: Callable[[], object]) -> float:

@@ -301,10 +301,9 @@ class Preparation:
         linear = make()
         size = map_bytes(linear, known)
         if size is None:
-            beside = linear.beside
             del linear
             try:
-                return graph_bytes(make, known) + beside
+                return graph_bytes(make, known)
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise

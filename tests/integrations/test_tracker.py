@@ -115,6 +115,7 @@ class Stopped(Diagonal):
 @pytest.mark.parametrize("at", [2, 12, 32])
 def test_ctrl_c_in_a_measurement_ends_the_training(at: int) -> None:
     """What it had found by then would pass for a measurement, and the training go on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     H = Stopped(torch.linspace(1, 100, 300, dtype=torch.float64))
     H.at = at
     tracker = Tracker(H, density_every=1)
