@@ -70,12 +70,11 @@ CheckpointFolder = Annotated[
     Path | None,
     typer.Option("--checkpoint", metavar="DIR", help="Keep states there, and go on from them."),
 ]
+BUDGET = "Of each number; what tells the error of the data comes to it."
 Budget = Annotated[
-    int | None, typer.Option("--max-products", min=4, help="The budget of each number.")
+    int | None, typer.Option("--max-products", min=4, help=BUDGET)
 ]  # the least that the trace takes; for a report, that the norm does: seen before anything runs
-ReportBudget = Annotated[
-    int | None, typer.Option("--max-products", min=6, help="The budget of each number.")
-]
+ReportBudget = Annotated[int | None, typer.Option("--max-products", min=6, help=BUDGET)]
 Json = Annotated[
     bool, typer.Option("--json", help="Machine-readable, the same bytes from equal runs.")
 ]
@@ -83,8 +82,16 @@ Json = Annotated[
 
 def _writable(output: Path) -> Path:
     """Seen before anything runs, which may take long."""
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"expects a path in a folder that exists, got {output}")
+    there = output.exists()
+    try:
+        with output.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(
+            f"expects a file in a folder that exists, to write to, got {output}: {error.strerror}"
+        ) from error
+    if not there:
+        output.unlink()
     return output
 
 
@@ -122,7 +129,7 @@ def check(
             }
         )
     else:
-        print(f"{H!r}\n{found}")
+        print(f"{H!r}\n{found}\nlooked at: the first batch")
     raise typer.Exit(FINE if found.healthy else FINDING)
 
 
@@ -183,16 +190,21 @@ def compare(
     read = []
     for path in (a, b):
         try:
-            read.append(json.loads(path.read_text(encoding="utf-8")))
+            given = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             _usage(f"{expected}: {path}: {error.strerror}")
         except ValueError as error:
             _usage(f"{expected}: {path} is no JSON: {error}")
+        if not isinstance(given, dict) or "provenance" not in given:
+            _usage(f"{expected}: {path} is none of these")
+        read.append(given)
     try:
         found = compared(*read)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         _usage(f"{expected}: {error}")
     _print_json(found.as_dict()) if as_json else print(found)
+    if not found.rows:
+        _usage(f"{expected}: {a} and {b} have no number in common")
     raise typer.Exit(FINDING if found.differing else FINE)
 
 
@@ -277,9 +289,14 @@ def _analyze(
             progress=sys.stderr.isatty(), checkpoint=checkpoint, cost=cost,
         )  # fmt: skip
     if output is not None:
-        output.write_text(render(found, command=_command()), encoding="utf-8")
-        _tell(f"wrote {output}")
+        page = render(found, command=_command())
     _print_json(found.as_dict()) if as_json else print(shown(found))
+    if output is not None:
+        try:
+            output.write_text(page, encoding="utf-8")
+        except OSError as error:  # full, say: what was found is on stdout
+            _usage(f"cannot write {output}: {error.strerror}")
+        _tell(f"wrote {output}")
     _end(found, checkpoint)
 
 

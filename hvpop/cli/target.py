@@ -153,6 +153,11 @@ def operator_of(
         )
         raise UsageError(f"{target} returned {got}; {EXPECTED}")
     model, loss, data = made
+    if isinstance(loss, nn.Module) and not any(True for _ in model.parameters()):
+        kinds_of = ", ".join(type(x).__name__ for x in made)
+        raise UsageError(
+            f"{target} returned ({kinds_of}), and the first has no parameters; {EXPECTED}"
+        )
     _place(model, device, weights)
     if batches is not None:
         data = list(islice(data, batches))

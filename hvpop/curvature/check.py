@@ -87,7 +87,9 @@ def _look_at_gradient(examination: Examination) -> None:
     for term in examination.terms:
         loss = term.function(examination.point, examination.state, *term.data)
         if not loss.isfinite():
-            return examination.note("wrong", "loss", f"{loss.item()} in {term.label}")
+            bad = [n for n, p in examination.point.items() if not p.isfinite().all()]
+            where = f", and the parameters {_listed(bad)} are not finite" if bad else ""
+            return examination.note("wrong", "loss", f"{loss.item()} in {term.label}{where}")
         plain = examination.plain_gradient(term)
         infinite = [n for n, g in plain.items() if not g.isfinite().all()]
         if infinite:

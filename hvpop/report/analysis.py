@@ -169,7 +169,13 @@ def analyze(
     if unknown:
         raise ValueError(f"analyze expects parts in {PARTS}, got {', '.join(unknown)}")
     if checkpoint is not None:
-        checkpoint.mkdir(parents=True, exist_ok=True)
+        try:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"analyze expects checkpoint to be a folder, or room for one, got {checkpoint}: "
+                f"{error.strerror}"
+            ) from error
     n = H.shape[0]
     state = Analysis(repr(H), n, k, which, seed, provenance(H), cost=cost)
     A = H.linearize()

@@ -35,7 +35,7 @@ def provenance(H: LinearOperator) -> dict[str, str]:
         found["parameters"] = digest(risk.parameters().values())
         found["other state"] = digest(risk.state().values())
         with closing(risk.terms()) as terms:
-            found["data"] = digest(t for term in terms for t in tensors_in(term.data))
+            found["data"] = digest(t for term in terms for t in tensors_in(term.data[0]))
     return found
 
 

@@ -136,7 +136,8 @@ UNFED = (
 
 UNCALLED = (
     "the loss calls none of the loss functions of torch.nn.functional on outputs of the model, so that "
-    "neither its terms nor the distribution that it is the likelihood of can be told"
+    "neither its terms nor the distribution that it is the likelihood of can be told; "
+    "GaussNewtonOperator takes any loss of marked outputs"
 )
 
 

@@ -46,6 +46,15 @@ def narrow():
     model, loss, data = make()
     return model, loss, [(x[:, :2], y) for x, y in data]
 
+def turned():
+    model, loss, data = make()
+    return loss, model, data
+
+def spoilt():
+    model, loss, data = make()
+    model[0].weight.data[0, 0] = float("nan")
+    return model, loss, data
+
 class Strict(nn.Module):
     def __init__(self):
         super().__init__()
@@ -143,6 +152,7 @@ def test_equal_runs_give_equal_bytes(target: str) -> None:
             "RuntimeError: mat1 and mat2 shapes cannot be multiplied (8x2 and 3x4)",
         ),
         ("train.py:strict", "/train.py:"),
+        ("train.py:turned", "returned (CrossEntropyLoss, Sequential, list), and the first has no"),
     ],
 )
 def test_a_bad_target_gets_one_line(target: str, says: str) -> None:
@@ -163,6 +173,7 @@ def test_a_bad_target_gets_one_line(target: str, says: str) -> None:
         (["--device", "moon"], "--device moon is not to be had here: "),
         (["--which", "XX"], "Invalid value"),
         (["--k", "0"], "Invalid value"),
+        (["--checkpoint", "train.py"], "expects checkpoint to be a folder, or room for one"),
         (["--matrix", "inverse"], "Invalid value"),
     ],
 )
@@ -216,6 +227,7 @@ def test_check_is_fine_or_finds(target: str) -> None:
     result = hvpop("check", "train.py:sick", "--json")
     assert result.exit_code == 1
     assert not json.loads(result.stdout)["healthy"]
+    assert "the parameters 0.weight are not finite" in hvpop("check", "train.py:spoilt").stdout
 
 
 def test_a_budget_that_was_too_small_is_a_finding(target: str) -> None:
@@ -245,7 +257,15 @@ def test_compare_says_which_numbers_differ(target: str, tmp_path: Path) -> None:
     other = hvpop("compare", "a.json", "c.json", "--json")
     rows = json.loads(other.stdout)["rows"]
     assert other.exit_code == int(any(row["differs"] for row in rows))
-    for bad, says in (("train.py", "train.py is no JSON: "), ("no.json", "no.json: No such file")):
+    checked = hvpop("check", target, "--json").stdout
+    (tmp_path / "check.json").write_text(checked, encoding="utf-8")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    for bad, says in (
+        ("train.py", "train.py is no JSON: "),
+        ("no.json", "no.json: No such file"),
+        ("check.json", "check.json is none of these"),
+        ("list.json", "list.json is none of these"),
+    ):
         result = hvpop("compare", "a.json", bad)
         assert result.exit_code == 2
         assert says in result.stderr
@@ -275,4 +295,7 @@ def test_report_writes_a_page_and_the_demo_needs_nothing(target: str, tmp_path: 
     assert json.loads(result.stdout)["which"] == "BE"
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "&lt;26x26 HessianOperator float64 cpu&gt;" in page
-    assert hvpop("report", target, "-o", "nowhere/page.html").exit_code == 2
+    for path in ("nowhere/page.html", "."):
+        result = hvpop("report", target, "-o", path)
+        assert result.exit_code == 2
+        assert "running" not in result.stderr

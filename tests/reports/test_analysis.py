@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from hvpop import Dense, Diagonal, layerwise
+from hvpop import Dense, Diagonal, HessianOperator, layerwise
 from hvpop.report import analyze, compare
+from hvpop.report.provenance import provenance
 from hvpop.report.ranks import ranks
 from hvpop.spectrum import eigsh, frobenius_norm, spectral_density, trace
 
@@ -104,3 +106,14 @@ def test_equal_analyses_do_not_differ_and_another_point_does() -> None:
     assert not any(what.startswith("data: ") for what in found.settings)
     with pytest.raises(ValueError, match="a is no analysis of hvpop"):
         compare({}, one)
+
+
+def test_the_fingerprint_of_the_data_is_of_the_data_alone() -> None:
+    model, data = nn.Linear(3, 2), [(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))]
+    first, second = (
+        provenance(HessianOperator(model, nn.CrossEntropyLoss(), data, seed=seed))
+        for seed in (0, 1)
+    )
+    assert first == second
+    other = [(x + 1, y) for x, y in data]
+    assert provenance(HessianOperator(model, nn.CrossEntropyLoss(), other))["data"] != first["data"]
