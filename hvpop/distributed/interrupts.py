@@ -51,9 +51,7 @@ class Deferred(AbstractContextManager["Deferred"]):
     def _note(self, *args: object) -> None:
         if not self._pending:
             self._pending, self._since = True, time.monotonic()
-        elif (
-            time.monotonic() - self._since >= 1.0
-        ):  # torchrun may send one that the terminal has sent
+        elif time.monotonic() - self._since >= 1.0:  # torchrun may repeat the terminal's at once
             self._pending = False
             raise KeyboardInterrupt
 

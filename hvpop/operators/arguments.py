@@ -28,21 +28,23 @@ def operator(who: str, A: Any) -> LinearOperator:
 
 def square(who: str, A: Any, instead: str = "") -> LinearOperator:
     """``A``; refuses what is no square operator; ``instead`` is what to do with another."""
-    if operator(who, A).shape[0] != A.shape[1]:
+    found = operator(who, A)
+    if found.shape[0] != found.shape[1]:
         raise ValueError(f"{who} expects a square operator, got {A!r}{instead and '; '}{instead}")
-    return A  # type: ignore[no-any-return]
+    return found
 
 
 def symmetric(
     who: str, A: Any, instead: str = "symmetrize it, or take svds of SciPy"
 ) -> LinearOperator:
     """``A``; refuses what is no symmetric operator; ``instead`` is what to do with another."""
-    if not operator(who, A).symmetric:
+    found = operator(who, A)
+    if not found.symmetric:
         raise ValueError(
             f"{who} expects a symmetric operator, got {A!r} with symmetric=False; {instead}, or, if it "
             f"is symmetric, {_said_symmetric(A)}"
         )
-    return A  # type: ignore[no-any-return]
+    return found
 
 
 def _said_symmetric(A: LinearOperator) -> str:

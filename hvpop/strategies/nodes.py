@@ -86,9 +86,7 @@ class Product(Node):
         of_x = of_w = None
         if self._w is not None:
             of_x = (s.reshape(-1, s.shape[-1]) @ self._w.T).view(*s.shape[:-1], -1)
-        if (
-            self._x is not None
-        ):  # transposed, as weights are, that of a matrix product comes in order
+        if self._x is not None:  # made transposed, as weights are used, so that it comes in order
             x = self._x if k is None else self._x.expand(k, -1, -1)
             of_w = (s.mT @ x).mT
         if not self._biased:

@@ -122,7 +122,8 @@ def test_other_kinds_are_left_to_torch() -> None:
     assert layer_norm(x, (WIDTH,), w) is None
     assert layer_norm(x, (WIDTH,), None, b) is None
     assert layer_norm(x, (WIDTH,), w.float(), b) is None
-    assert layer_norm(x, (3, WIDTH), w, b) is None  # torch says what is wrong
+    for wrong in ((x, (3, WIDTH), w, b), (x, (WIDTH,), w[None], b), (x, (WIDTH,), w, b[None])):
+        assert layer_norm(*wrong) is None  # torch says what is wrong
     with torch.autocast("cpu"):
         assert layer_norm(x, (WIDTH,), w, b) is None
     with forward_ad.dual_level():

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hvpop.strategies import Params, ReverseOverReverse
+from hvpop.strategies import LinearMap, Params, ReverseOverReverse
 from hvpop.strategies.compiled import Compiled
 from hvpop.strategies.compiling import program as programs
 from hvpop.strategies.compiling.buffers import fuse_additions, reuse_buffers, wait_for_readers
@@ -191,15 +191,19 @@ def test_columns_are_products(name: str) -> None:
     assert strategy.fallback_reason is None
 
 
+def run_by(H: LinearMap, v: Params) -> list[tuple[str, tuple[Any, ...]]]:
+    """The ops of a product, and what they are given, once all is prepared."""
+    H(v)
+    with Recording() as recording:
+        H(v)
+    return recording.seen
+
+
 def test_what_does_not_depend_on_v_is_computed_once_for_a_point() -> None:
     fn, params, [batch] = problem("dense")
     H = Compiled(compiler=False).linearize(fn, params, *batch)
-    v = directions(params)
-    H(v)
-
-    with Recording() as recording:
-        H(v)
-    names = [name for name, _ in recording.seen]
+    seen = run_by(H, directions(params))
+    names = [name for name, _ in seen]
     once = {"tanh", "tanh_backward", "elu", "elu_backward", "_log_softmax", "exp", "sqrt"}
     assert once.isdisjoint(names)
     # 6 products for a layer, but 2 for the first: nobody asks for the gradient of the data.
@@ -209,11 +213,8 @@ def test_what_does_not_depend_on_v_is_computed_once_for_a_point() -> None:
 def test_gradients_of_kernels_are_not_made_by_convolving_over_the_batch() -> None:
     fn, params, [batch] = problem("residual")
     H = Compiled(compiler=False).linearize(fn, params, *batch)
-    v = directions(params)
-    H(v)
-    with Recording() as recording:
-        H(v)
-    kernels = [args[1].shape for name, args in recording.seen if name == "convolution"]
+    seen = run_by(H, directions(params))
+    kernels = [args[1].shape for name, args in seen if name == "convolution"]
     assert kernels
     # Exception: double backward goes over the groups of a grouped convolution one by one.
     assert {tuple(k[2:]) for k in kernels if k[0] > 2} <= {(3, 3), (1, 1)}
@@ -229,21 +230,16 @@ def test_what_is_masked_before_a_softmax_is_not_masked_once_more() -> None:
     H = Compiled(compiler=False).linearize(fn, params, x)
     v = directions(params)
     assert_same(H(v), ReverseOverReverse().linearize(fn, params, x)(v))
-    with Recording() as recording:
-        H(v)
-    assert "masked_fill" not in {name.rstrip("_") for name, _ in recording.seen}
+    assert "masked_fill" not in {name.rstrip("_") for name, _ in run_by(H, v)}
 
 
 def test_residuals_lie_as_what_they_are_multiplied_with() -> None:
     fn, params, [batch] = problem("masked")
     H = Compiled(compiler=False).linearize(fn, params, *batch)
-    v = directions(params)
-    H(v)
-    with Recording() as recording:
-        H(v)
+    seen = run_by(H, directions(params))
     logits = [
         [a.stride() for a in args if isinstance(a, Tensor) and a.shape == (2, 7, 5)]
-        for name, args in recording.seen
+        for name, args in seen
         if name.rstrip("_") in ("mul", "addcmul", "add")
     ]
     assert any(logits)

@@ -44,8 +44,8 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if weight is None or bias is None or not is_ordinary(input, weight, bias):
         return None
-    if not shape or input.shape[-len(shape) :] != shape or weight.shape != shape != bias.shape:
-        return None
+    if not shape or {input.shape[-len(shape) :], weight.shape, bias.shape} != {shape}:
+        return None  # which torch refuses
     if input.numel() < SMALL or _torch.dual_depth() >= 0:
         return None
     rows = input.reshape(-1, prod(shape))
@@ -117,10 +117,8 @@ def _along(
 ) -> Three:
     """The derivatives of ``<directions, gradient(g, x, w)>`` by ``g``, ``x`` and ``w``, in as few passes as it takes."""
     dx, dw, db = directions
-    x, mean = (
-        x - mean,
-        torch.zeros_like(mean),
-    )  # also for products with it, in place of the normalized rows
+    x = x - mean  # also for products with it, in place of the normalized rows
+    mean = torch.zeros_like(mean)
     by_g, by_x, by_w = db, None, None
     if dw is not None:
         by_g = torch.native_layer_norm(x, dw.shape, dw, db, eps)[0]
