@@ -16,6 +16,7 @@ from ..graph import backward, leaves_of
 from ..interception import Interception, Table
 from . import canaries, policies
 from .description import Description
+from .formulas.activations import ACTIVATIONS
 from .formulas.convolutions import CONVOLUTIONS
 from .formulas.normalization import NORMALIZATION
 from .losses import BatchLoss, scalar
@@ -170,7 +171,7 @@ class LossFunction:
                 nullcontext()
                 if in_place and self._snapshot is None
                 else now.inventory.holding(state | params, self._snapshot),
-                Rewrites() if now.convolves else nullcontext(),
+                Rewrites() if now.gains(batch) else nullcontext(),
             ):
                 value = _value(now, batch)
         else:
@@ -276,7 +277,7 @@ class _At(Exchange):
             self._enter(without_cudnn())
         self._enter(now.inventory.holding(held, function._snapshot))
         self._enter(Ungraded(self._params.values()))  # backward passes inside others add to them
-        rewrites = (REWRITES, CONVOLUTIONS, NORMALIZATION) if self._twice else ()
+        rewrites = (REWRITES, CONVOLUTIONS, NORMALIZATION, ACTIVATIONS) if self._twice else ()
         tables = WATCHED, function._observer.table, *rewrites
         self._tables, self._stand_ins = tables, stand_ins
         self._noted(setattr, function, "_at", function._at)

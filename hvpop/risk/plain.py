@@ -10,6 +10,9 @@ from torch import nn
 CONVOLUTION_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that `hvpop.risk.formulas.convolutions` makes faster."""
 
+BENT_LAYERS = (nn.Tanh, nn.Sigmoid, nn.GELU, nn.LayerNorm)
+"""Layers that `hvpop.risk.formulas` makes faster where they are of many numbers."""
+
 ORDINARY = {
     nn.Sequential,
     nn.Identity,

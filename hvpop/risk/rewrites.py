@@ -3,7 +3,7 @@
 Some ops of torch have no second derivative, a wrong one, or none in forward mode. While `Rewrites`
 is active, each op in the table `REWRITES` is replaced by an equal formula where the torch at hand
 needs it (`hvpop.risk.probes`). The table is at the end. So are
-convolutions and layer norms, whose second derivative is right but slow.
+convolutions, layer norms and activations, whose second derivative is right but slow.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _torch
 from ..interception import Interception, Table
 from .formulas import arithmetic, distances, embeddings, losses, recurrent, spectra
+from .formulas.activations import ACTIVATIONS
 from .formulas.convolutions import CONVOLUTIONS
 from .formulas.normalization import NORMALIZATION
 from .probes import PROBES, Needed
@@ -27,7 +28,7 @@ Op = Callable[..., Any]
 
 
 class Rewrites(Interception):
-    """Context in which ops of `REWRITES`, and convolutions and norms that gain by it, are evaluated by formulas.
+    """Context in which ops of `REWRITES`, and convolutions, norms and activations that gain by it, are evaluated by formulas.
 
     Values and first derivatives equal those of the op to rounding, with torch's own convention at
     kinks; second derivatives are exact, in reverse and in forward mode. Scripted code is not seen.
@@ -51,7 +52,7 @@ class Rewrites(Interception):
     """
 
     def __init__(self, seen: set[str] | None = None) -> None:
-        tables: list[Table] = [REWRITES, CONVOLUTIONS, NORMALIZATION]
+        tables: list[Table] = [REWRITES, CONVOLUTIONS, NORMALIZATION, ACTIVATIONS]
         super().__init__(*(tables if seen is None else [_noting(t, seen) for t in tables]))
 
 
