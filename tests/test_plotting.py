@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -339,12 +338,6 @@ def test_what_cannot_be_drawn_is_refused_by_name(draw: Callable[[], Axes], messa
     with pytest.raises(TypeError, match=message):
         draw()
     assert plt.get_fignums() == []
-
-
-def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import hvpop.plotting, sys; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ LOSSES: dict[str, tuple[nn.Module, Tensor]] = {
     "bce with pos_weight": (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), BITS),
     "poisson": (nn.PoissonNLLLoss(), REAL.exp()),
 }
-SIZES = (10, 9, 4)
+SIZES = (9, 9, 5)
 
 
 class Normed(nn.Module):

@@ -489,17 +489,26 @@ def test_of_a_torn_write_the_last_whole_state_is_used(
         assert torch.equal(mine, theirs)
 
 
+KILLED = """
+import os, signal, sys, torch
+from hvpop import Diagonal
+from hvpop.operators import replacing
+from hvpop.spectrum import eigsh
+torch.set_num_threads(1)
+replacing.flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+for path in sys.argv[1:]:
+    if not (child := os.fork()):
+        eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=path)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     path, other = tmp_path / "state.pt", tmp_path / "other.pt"
-    script = (
-        "import os, signal, sys, torch; from hvpop import Diagonal; from hvpop.operators import replacing\n"
-        "from hvpop.spectrum import eigsh\n"
-        "replacing.flush = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=sys.argv[1])"
-    )
-    for target in (path, path, other):
-        done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True)
-        assert done.returncode == -signal.SIGKILL
+    run = [sys.executable, "-c", KILLED, str(path), str(path), str(other)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == 3 * [str(-signal.SIGKILL)]
     assert len(list(tmp_path.glob(".hvpop-*.tmp"))) == 2  # the second has removed that of the first
     eigsh(Diagonal(torch.arange(50.0)), 2, checkpoint=path)
     left = [entry.name for entry in tmp_path.iterdir()]

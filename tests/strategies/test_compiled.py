@@ -246,6 +246,26 @@ def test_residuals_lie_as_what_they_are_multiplied_with() -> None:
     assert all(len(set(strides)) <= 1 for strides in logits)
 
 
+def test_heads_of_attention_are_copied_in_the_order_of_their_memory() -> None:
+    def fn(p: Params, x: Tensor) -> Tensor:
+        q, k, v = (x @ p["w"]).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return ((q @ k.transpose(-2, -1) / 2).softmax(-1) @ v).sin().sum()
+
+    params = directions({"w": torch.empty(6, 24, dtype=torch.float64)}, seed=0)
+    x = directions({"x": torch.empty(2, 5, 6, dtype=torch.float64)}, seed=2)["x"]
+    H, v = Compiled(compiler=False).linearize(fn, params, x), directions(params)
+    assert_same(H(v), ReverseOverReverse().linearize(fn, params, x)(v))
+    copied = [
+        part
+        for name, args in run_by(H, v)
+        if name in ("clone", "copy_", "stack", "cat")
+        for part in (args[0] if isinstance(args[0], list) else [args[0]])
+        if part.dim() > 2
+    ]
+    assert len(copied) >= 3
+    assert all(part.stride(-1) == 1 for part in copied)
+
+
 def test_a_function_is_traced_once_for_batches_of_one_shape() -> None:
     fn, params, data = problem("dense", batches=3)
     calls = 0

@@ -18,11 +18,17 @@ def expand(w: Writer, node: fx.Node, a: Value, *_: Any, **__: Any) -> Value:
 
 def reshape(w: Writer, node: fx.Node, a: Value, *_: Any) -> Value:
     shape = list(shape_of(node))
+    multiplied = all(user.target in _PRODUCTS for user in node.users)
 
     def view(x: fx.Node) -> fx.Node:
         while x.target is aten.reshape.default:
             x = args_of(x)[0]
-        return x if list(shape_of(x)) == shape else w.call(aten.reshape.default, x, shape)
+        if list(shape_of(x)) == shape:
+            return x
+        if multiplied and _flips(x) and shape[-2:] == list(shape_of(x))[-2:]:
+            # What is copied is copied in order: BLAS reads it transposed.
+            return _flipped_back(w, w.call(aten.reshape.default, args_of(x)[0], _flip(shape)))
+        return w.call(aten.reshape.default, x, shape)
 
     return _moved(w, a, view)
 
@@ -69,11 +75,33 @@ def _permuted(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
 
 
 def _transposed_product(w: Writer, x: fx.Node) -> fx.Node | None:
-    """``(A B)'`` as ``B' A'``, which BLAS reads as it lies and writes in order."""
-    if x.target not in (aten.mm.default, aten.bmm.default):
-        return None
-    left, right = (_permuted(w, side, _flipped(len(shape_of(side)))) for side in args_of(x))
-    return w.call(x.target, right, left)
+    """``(A B)'`` as ``B' A'``, which BLAS reads as it lies and writes in order; so too of sums and stacks of them."""
+    if x.target in _PRODUCTS:
+        left, right = (_flipped_back(w, side) for side in args_of(x))
+        return w.call(x.target, right, left)
+    parts = args_of(x)
+    if any(isinstance(part, fx.Node) and len(part.users) > 1 for part in parts):
+        return None  # it would be multiplied twice
+    if x.target is aten.reshape.default and shape_of(x)[-2:] == shape_of(parts[0])[-2:]:
+        product = _transposed_product(w, parts[0])
+        return product and w.call(aten.reshape.default, product, _flip(list(shape_of(x))))
+    if x.target is aten.add.Tensor and shape_of(parts[0]) == shape_of(parts[1]):
+        first, second = (_transposed_product(w, part) for part in parts)
+        return first and second and w.call(aten.add.Tensor, first, second, **x.kwargs)
+    return None
+
+
+def _flipped_back(w: Writer, x: fx.Node) -> fx.Node:
+    return _permuted(w, x, _flipped(len(shape_of(x))))
+
+
+def _flips(x: fx.Node) -> bool:
+    """Whether the node exchanges the last two axes of something."""
+    return x.target is aten.permute.default and args_of(x)[1] == _flipped(len(shape_of(x)))
+
+
+def _flip(shape: list[int]) -> list[int]:
+    return [*shape[:-2], shape[-1], shape[-2]]
 
 
 def _stacked(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
@@ -87,3 +115,6 @@ def _stacked(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
 def _flipped(ndim: int) -> list[int]:
     """The order of axes with the last two exchanged."""
     return [*range(ndim - 2), ndim - 1, ndim - 2]
+
+
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
