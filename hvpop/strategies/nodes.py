@@ -136,6 +136,15 @@ class Entries(Node):
         return found.detach()
 
 
+class OwnEntries(Entries):
+    """The same, by a Function of hvpop's."""
+
+    def _passed(self, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = _torch.function_of(self._node).backward(self._node, t)[0]
+        return found
+
+
 class View(Node):
     """The same entries in another shape."""
 
@@ -364,8 +373,8 @@ def kind_of(node: Any) -> type[Node]:
     kind: type[Node] | None = KINDS.get(node.name())
     if isinstance(node, BackwardCFunction):
         function = _torch.function_of(node)
-        known = function.__module__.startswith("hvpop.") and "jvp" in vars(function)
-        kind = Own if known else None
+        says = vars(function) if function.__module__.startswith("hvpop.") else {}
+        kind = OwnEntries if "entrywise" in says else Own if "jvp" in says else None
     if kind is None:
         raise UnreadableError(node.name())
     return kind

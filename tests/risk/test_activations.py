@@ -16,6 +16,7 @@ from hvpop.risk import description
 from hvpop.risk.formulas import activations
 from hvpop.risk.formulas.activations import ACTIVATIONS, SMALL, gelu, silu
 from hvpop.strategies import Compiled, HVPStrategy, ReverseOverReverse
+from hvpop.strategies.by_nodes import ByNodes
 
 Op = Callable[..., Tensor]
 
@@ -156,3 +157,20 @@ def test_ordinary_models_are_looked_at_where_their_layers_are_large() -> None:
     assert gains(bent, rows)
     assert not gains(bent, rows - 1)
     assert not gains(nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 2)), rows)
+
+
+def test_their_jacobian_is_read_off_the_graph(both: tuple[Op, Op]) -> None:
+    """Else a Gauss-Newton matrix would need a second graph."""
+    x, w = places(torch.float64).reshape(44, 11), torch.linspace(-1, 1, 33).double().reshape(11, 3)
+    w.requires_grad_()
+    ours, theirs = ((f(x @ w),) for f in both)
+    V = torch.stack([torch.ones_like(w), w.detach().cos()])
+    S = torch.stack([torch.ones(44, 3).double(), (x @ w).detach().sin()])
+    for once in (False, True):
+        own, torchs = (ByNodes(z, {"w": w}, once=once) for z in (ours, theirs))
+        for v, s in zip(V, S, strict=True):
+            assert torch.equal(own.push({"w": v})[0], torchs.push({"w": v})[0])
+            assert torch.equal(own.pull([s.clone()])["w"], torchs.pull([s.clone()])["w"])
+        assert own.width() == torchs.width() > 1
+        assert torch.equal(own.push({"w": V}, 2)[0], torchs.push({"w": V}, 2)[0])
+        assert torch.equal(own.pull([S.clone()], 2)["w"], torchs.pull([S.clone()], 2)["w"])

@@ -50,6 +50,8 @@ class Applied(Function):
     """The values of an activation."""
 
     generate_vmap_rule = True
+    entrywise = True
+    """Its derivative multiplies each entry by a number."""
 
     @staticmethod
     def forward(x: Tensor, kind: Activation) -> Tensor:
