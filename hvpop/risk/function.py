@@ -16,9 +16,6 @@ from ..graph import backward, leaves_of
 from ..interception import Interception, Table
 from . import canaries, policies
 from .description import Description
-from .formulas.activations import ACTIVATIONS
-from .formulas.convolutions import CONVOLUTIONS
-from .formulas.normalization import NORMALIZATION
 from .losses import BatchLoss, scalar
 from .policies import WATCHED, FunctionsWatched, TwiceDifferentiable
 from .randomness import (
@@ -29,7 +26,7 @@ from .randomness import (
     seed_all,
     torch_states,
 )
-from .rewrites import REWRITES, Rewrites
+from .rewrites import TABLES, Rewrites
 from .samples import Positioned
 from .settings import Snapshot
 from .terms import noting
@@ -277,7 +274,7 @@ class _At(Exchange):
             self._enter(without_cudnn())
         self._enter(now.inventory.holding(held, function._snapshot))
         self._enter(Ungraded(self._params.values()))  # backward passes inside others add to them
-        rewrites = (REWRITES, CONVOLUTIONS, NORMALIZATION, ACTIVATIONS) if self._twice else ()
+        rewrites = TABLES if self._twice else ()
         tables = WATCHED, function._observer.table, *rewrites
         self._tables, self._stand_ins = tables, stand_ins
         self._noted(setattr, function, "_at", function._at)

@@ -52,8 +52,7 @@ class Rewrites(Interception):
     """
 
     def __init__(self, seen: set[str] | None = None) -> None:
-        tables: list[Table] = [REWRITES, CONVOLUTIONS, NORMALIZATION, ACTIVATIONS]
-        super().__init__(*(tables if seen is None else [_noting(t, seen) for t in tables]))
+        super().__init__(*(TABLES if seen is None else [_noting(t, seen) for t in TABLES]))
 
 
 def _noting(table: Table, seen: set[str]) -> Table:
@@ -166,3 +165,6 @@ REWRITES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 REWRITES.pop(_torch.missing, None)
 REWRITES.update(_where_needed(_in_torchs_words(REWRITES)))
+
+TABLES: tuple[Table, ...] = (REWRITES, CONVOLUTIONS, NORMALIZATION, ACTIVATIONS)
+"""Of what has to be evaluated by formulas, and of what gains by it."""

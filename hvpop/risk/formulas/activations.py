@@ -7,7 +7,6 @@ into new memory.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ... import _torch
-from ...graph import wanted
+from ...graph import signed, wanted
 from .convolutions import is_ordinary
 
 SMALL = 2**18
@@ -46,6 +45,7 @@ class Activation:
     by_value: bool = False
 
 
+@signed
 class Applied(Function):
     """The values of an activation."""
 
@@ -69,6 +69,7 @@ class Applied(Function):
         return way(g, z, ctx.kind), None
 
 
+@signed
 class Gradient(Function):
     """``g f'``."""
 
@@ -179,10 +180,6 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor | None:
     kind = {"none": GELU, "tanh": TANH_GELU}.get(approximate)
     return None if kind is None else _applied(kind, input)
 
-
-# torch asks for the signature at each call.
-for _forward in (Applied.forward, Gradient.forward):
-    vars(_forward)["__signature__"] = inspect.signature(_forward)
 
 applied: Callable[[Tensor, Activation], Tensor] = Applied.apply
 gradient: Callable[[Tensor, Tensor, Activation], Tensor] = Gradient.apply

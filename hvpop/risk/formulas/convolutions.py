@@ -9,7 +9,6 @@ and walks through groups one by one.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ...graph import wanted
+from ...graph import signed, wanted
 
 SMALL = 2**24
 """Multiplications (of one forward pass) below which torch's own way is taken: there the calls from
@@ -85,6 +84,7 @@ def partial_derivative(a: Tensor, b: Tensor, role: int, geometry: Geometry) -> T
     return by_weight
 
 
+@signed
 class PartialDerivative(Function):
     """`partial_derivative` with derivatives by both tensors, in any mode and of any order."""
 
@@ -124,11 +124,6 @@ class PartialDerivative(Function):
         by_b = None if db is None else tracked(a, db, ctx.role, ctx.geometry)
         return by_a if by_b is None else by_b if by_a is None else by_a + by_b
 
-
-# torch asks for the signature at each call; finding it takes as long as a small convolution.
-PartialDerivative.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    PartialDerivative.forward
-)
 
 tracked: Callable[[Tensor, Tensor, int, Geometry], Tensor] = PartialDerivative.apply
 """`partial_derivative`, seen by autograd."""

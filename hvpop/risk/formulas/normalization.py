@@ -8,7 +8,6 @@ of the gradient applies it, too. What it gives for ``w g``, the gradient ``s``, 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ... import _torch
-from ...graph import wanted
+from ...graph import signed, wanted
 from .convolutions import is_ordinary
 
 SMALL = 2**17
@@ -54,6 +53,7 @@ def layer_norm(
     return normed.reshape(input.shape)
 
 
+@signed
 class Normalized(Function):
     """Rows normalized, with weight and bias for each column; their means and scales."""
 
@@ -77,6 +77,7 @@ class Normalized(Function):
         return *way(g, x, w, mean, scale, ctx.eps), None
 
 
+@signed
 class Gradient(Function):
     """The gradient of normalized rows, by the rows, the weight and the bias."""
 
@@ -172,10 +173,6 @@ def _torchs(
     by_g, by_x, by_w = (next(found) if t.requires_grad else None for t in (g, x, w))
     return by_g, by_x, by_w
 
-
-# torch asks for the signature at each call.
-for _forward in (Normalized.forward, Gradient.forward):
-    vars(_forward)["__signature__"] = inspect.signature(_forward)
 
 normalized: Callable[..., tuple[Tensor, Tensor, Tensor]] = Normalized.apply
 gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = Gradient.apply

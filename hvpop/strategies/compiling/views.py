@@ -75,17 +75,19 @@ def _permuted(w: Writer, x: fx.Node, order: list[int]) -> fx.Node:
 
 
 def _transposed_product(w: Writer, x: fx.Node) -> fx.Node | None:
-    """``(A B)'`` as ``B' A'``, which BLAS reads as it lies and writes in order; so too of sums and stacks of them."""
+    """``(A B)'`` as ``B' A'``, which BLAS reads as it lies and writes in order; so too of sums and other shapes of them."""
     if x.target in _PRODUCTS:
         left, right = (_flipped_back(w, side) for side in args_of(x))
         return w.call(x.target, right, left)
     parts = args_of(x)
-    if any(isinstance(part, fx.Node) and len(part.users) > 1 for part in parts):
+    if any(len(part.users) > 1 for part in x.all_input_nodes):
         return None  # it would be multiplied twice
     if x.target is aten.reshape.default and shape_of(x)[-2:] == shape_of(parts[0])[-2:]:
         product = _transposed_product(w, parts[0])
         return product and w.call(aten.reshape.default, product, _flip(list(shape_of(x))))
-    if x.target is aten.add.Tensor and shape_of(parts[0]) == shape_of(parts[1]):
+    if x.target is aten.add.Tensor and [shape_of(p) for p in x.all_input_nodes] == 2 * [
+        shape_of(x)
+    ]:
         first, second = (_transposed_product(w, part) for part in parts)
         return first and second and w.call(aten.add.Tensor, first, second, **x.kwargs)
     return None
